@@ -1,0 +1,207 @@
+"""Every error that mlqueue raises, in one tree.
+
+::
+
+    MLQueueError
+    ├── SettingsError            a setting that is unknown or has a value that is not allowed
+    ├── InvalidJob               arguments or options that cannot be a job
+    │   ├── EncodeError          a value that cannot be sent; carries the path to it
+    │   └── DecodeError          bytes that are not what the codec writes
+    ├── JobNotFound              no job has this id (also a KeyError)
+    ├── InvalidTransition        the job's state does not allow the move
+    ├── StaleAttempt             the job has been taken over by a later attempt
+    ├── JobFailed                the awaited job ended dead
+    │   └── JobCancelled         the awaited job was cancelled
+    ├── ResultTimeout            the job did not end in time (also a TimeoutError)
+    ├── ResultMissing            the job has no result (not ended, or expired)
+    ├── NoCurrentJob             current_job() outside a job
+    ├── StoreError               the store refused a command
+    │   ├── StoreUnavailable     the store cannot be reached
+    │   ├── StoreFull            the store has no memory or disk left
+    │   └── EmbeddedError        the embedded server cannot be started or found
+    └── MissingDependency        an optional package is not installed (also an ImportError)
+
+Each class knows the HTTP status and the exit code that it maps to, and its docstring is the message that it shows
+when it is raised without one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import ClassVar
+
+__all__ = [
+    "DecodeError",
+    "EmbeddedError",
+    "EncodeError",
+    "InvalidJob",
+    "InvalidTransition",
+    "JobCancelled",
+    "JobFailed",
+    "JobNotFound",
+    "MLQueueError",
+    "MissingDependency",
+    "NoCurrentJob",
+    "ResultMissing",
+    "ResultTimeout",
+    "SettingsError",
+    "StaleAttempt",
+    "StoreError",
+    "StoreFull",
+    "StoreUnavailable",
+]
+
+
+class MLQueueError(Exception):
+    """An error in mlqueue."""
+
+    #: The HTTP status that the web part answers with.
+    status: ClassVar[int] = 500
+    #: The exit code that the command line ends with.
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        if message is None:
+            message = inspect.cleandoc(type(self).__doc__ or type(self).__name__)
+        self.message = message
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        # KeyError, which some subclasses also are, would show the message's repr.
+        return self.message
+
+
+class SettingsError(MLQueueError, ValueError):
+    """A setting is unknown or has a value that is not allowed."""
+
+    exit_code = 2
+
+
+class InvalidJob(MLQueueError, ValueError):
+    """The arguments or options given cannot be a job."""
+
+    status = 422
+    exit_code = 2
+
+
+class EncodeError(InvalidJob):
+    """A value cannot be sent."""
+
+    def __init__(self, message: str | None = None, *, path: str = "") -> None:
+        super().__init__(message)
+        #: Where the value stands, as ``args[0]['x']``; empty when it is the whole.
+        self.path = path
+
+
+class DecodeError(InvalidJob):
+    """These bytes are not what mlqueue writes."""
+
+    status = 400
+
+
+class JobNotFound(MLQueueError, KeyError):
+    """No job has this id."""
+
+    status = 404
+    exit_code = 3
+
+    @classmethod
+    def of(cls, job_id: str, namespace: str) -> JobNotFound:
+        """The error for an id that the store does not know.
+
+        It may never have existed, it may have expired (``result_ttl``), or it belongs to another namespace.
+        """
+        return cls(
+            f"no job {job_id!r} in {namespace!r}: the id is wrong, the job has expired (result_ttl), "
+            "or it belongs to another namespace or store. `mlqueue jobs` lists those that exist."
+        )
+
+
+class InvalidTransition(MLQueueError):
+    """The job's state does not allow this move."""
+
+    status = 409
+
+
+class StaleAttempt(MLQueueError):
+    """This attempt of the job has been taken over by a later one; what it writes is refused."""
+
+    status = 409
+
+
+class JobFailed(MLQueueError):
+    """The job failed."""
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        job_id: str = "",
+        reason: str = "failed",
+        error_type: str = "",
+        remote_traceback: str = "",
+    ) -> None:
+        super().__init__(message)
+        #: The id of the job that failed.
+        self.job_id = job_id
+        #: Why it ended: one of ``mlqueue.job.DeadReason``'s values, or ``cancelled``.
+        self.reason = reason
+        #: The qualified name of the exception's class in the worker; empty when none was raised (a crash).
+        self.error_type = error_type
+        #: The traceback as the worker formatted it; empty when there is none.
+        self.remote_traceback = remote_traceback
+        if remote_traceback:
+            self.add_note("The traceback in the worker:\n" + remote_traceback.rstrip())
+
+
+class JobCancelled(JobFailed):
+    """The job was cancelled."""
+
+    status = 409
+
+
+class ResultTimeout(MLQueueError, TimeoutError):
+    """The job did not end in time."""
+
+    status = 504
+    exit_code = 5
+
+
+class ResultMissing(MLQueueError):
+    """The job has no result: it has not ended, or the result has expired."""
+
+    status = 404
+    exit_code = 3
+
+
+class NoCurrentJob(MLQueueError, RuntimeError):
+    """There is no current job here: current_job() works inside an actor that a worker runs. Call it there, or pass
+    what you need as an argument."""
+
+
+class StoreError(MLQueueError):
+    """The store refused a command."""
+
+    status = 503
+    exit_code = 4
+
+
+class StoreUnavailable(StoreError, ConnectionError):
+    """The store cannot be reached."""
+
+
+class StoreFull(StoreError):
+    """The store has no memory or disk left, so nothing was written. Raise its maxmemory, free disk space, or remove
+    jobs that nobody needs."""
+
+    status = 507
+
+
+class EmbeddedError(StoreError):
+    """The embedded server cannot be started or found."""
+
+
+class MissingDependency(MLQueueError, ImportError):
+    """An optional package is not installed."""
+
+    exit_code = 2
