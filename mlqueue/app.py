@@ -1,0 +1,357 @@
+"""`MLQ`: the store, the broker and the actors of one namespace, built from settings."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+import dramatiq
+import dramatiq.broker
+import redis
+from dramatiq import Message
+from dramatiq.middleware import Middleware
+
+from .broker import StoreBroker
+from .errors import InvalidJob, SettingsError
+from .handle import Job
+from .job import State, check_id, new_id, seconds, timestamp
+from .settings import Settings
+from .store import Connector, Page, Store
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: The namespace of an `MLQ` that is given no name.
+DEFAULT_NAMESPACE: Final = "default"
+
+#: What `Actor.submit` takes as options rather than as arguments of the actor, unless the actor has a parameter of
+#: that name.
+SUBMIT_OPTIONS: Final = frozenset(
+    {"delay", "eta", "job_id", "tags", "priority", "result_ttl", "max_crashes", "max_stalls"}
+)
+
+_instances: weakref.WeakValueDictionary[int, MLQ] = weakref.WeakValueDictionary()
+_made = 0
+
+
+def instances() -> list[MLQ]:
+    """The apps of this process that are alive, in the order of their making."""
+    return [app for _, app in sorted(_instances.items())]
+
+
+class Actor(dramatiq.Actor[P, R]):
+    """A Dramatiq actor whose jobs are `Job`s: `submit` beside Dramatiq's `send`, which gives a Message."""
+
+    def __init__(self, fn: Callable[..., Any], **options: Any) -> None:
+        self._signature = inspect.signature(fn)
+        taken = {
+            name
+            for name, parameter in self._signature.parameters.items()
+            if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        }
+        self._submit_options = SUBMIT_OPTIONS - taken
+        super().__init__(fn, **options)
+
+    def message_with_options(self, *, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Message[R]:
+        """A message for this actor, its id time-ordered."""
+        message = super().message_with_options(args=args, kwargs=kwargs, **options)
+        object.__setattr__(message, "message_id", new_id())  # the dataclass is frozen, and a copy costs more
+        return message
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]:
+        """Submits a job with these arguments. It exists in the store when this returns.
+
+        ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes`` and
+        ``max_stalls`` among the keywords are options of the job, unless the actor has a parameter of that name; where
+        a type checker should see both, use `with_options`. Raises `InvalidJob` for arguments that the actor does
+        not take, `EncodeError` for values that cannot be sent, `StoreUnavailable`.
+        """
+        options = {name: kwargs.pop(name) for name in self._submit_options.intersection(kwargs)}
+        return BoundOptions(self, options).submit(*args, **kwargs)
+
+    def submit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], **options: Any) -> list[Job[R]]:
+        """Submits many jobs, some hundred in one call of the store. Each call is a tuple of positional or a dict of
+        keyword arguments; `options` as for `with_options`, but ``job_id``."""
+        return BoundOptions(self, options).submit_many(calls)
+
+    def with_options(
+        self,
+        *,
+        delay: float | timedelta | None = None,
+        eta: float | datetime | None = None,
+        job_id: str | None = None,
+        tags: Iterable[str] = (),
+        priority: int | None = None,
+        **options: Any,
+    ) -> BoundOptions[P, R]:
+        """This actor with options for the jobs to come: ``train.with_options(delay=60).submit(0.1)``.
+
+        Parameters:
+          delay: Seconds until the job may start, by the store's clock.
+          eta: When it may start: Unix seconds or an aware datetime.
+          job_id: Its id. Submitting an id that exists already creates nothing and gives the job that exists.
+          tags: Texts to find it by.
+          priority: Lower runs first; from -1,000 to 1,000. The actor's own when None.
+          options: Any further option of Dramatiq's messages (``max_retries``, ``time_limit`` ...) or of ours.
+        """
+        given = {"delay": delay, "eta": eta, "job_id": job_id, "tags": tuple(tags) or None, "priority": priority}
+        return BoundOptions(self, {**{name: value for name, value in given.items() if value is not None}, **options})
+
+    def check_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raises `InvalidJob` when the function does not take these arguments."""
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise InvalidJob(f"{self.actor_name}{self._signature}: {error}.") from None
+
+
+class BoundOptions(Generic[P, R]):
+    """An actor with options for its next jobs; made by `Actor.with_options`."""
+
+    def __init__(self, actor: Actor[P, R], options: dict[str, Any]) -> None:
+        self._actor = actor
+        self._options = options
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]:
+        """Submits a job; see `Actor.submit`."""
+        broker = cast(StoreBroker, self._actor.broker)
+        message, delay = self._message(args, kwargs)
+        broker.enqueue(message, delay=delay)
+        return Job(broker.store, message.message_id)
+
+    def submit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]]) -> list[Job[R]]:
+        """Submits many jobs; see `Actor.submit_many`."""
+        if "job_id" in self._options:
+            raise InvalidJob("submit_many(job_id=...): an id belongs to one job; submit them one by one.")
+        broker = cast(StoreBroker, self._actor.broker)
+        messages, delay = [], None
+        for index, call in enumerate(calls):
+            args, kwargs = _as_call(call, index)
+            message, delay = self._message(args, kwargs)
+            messages.append(message)
+        broker.enqueue_many(messages, delay=delay)
+        return [Job(broker.store, message.message_id) for message in messages]
+
+    def _message(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Message[R], int | None]:
+        self._actor.check_arguments(args, kwargs)
+        options, delay, job_id = message_options(self._options) if self._options else ({}, None, None)
+        message = self._actor.message_with_options(args=args, kwargs=dict(kwargs), **options)
+        if job_id is not None:
+            object.__setattr__(message, "message_id", check_id(job_id))
+        return message, delay
+
+
+def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, str | None]:
+    """Options as `submit` takes them, as options of a message, delay in milliseconds, and id."""
+    rest = dict(options)
+    delay = seconds(rest.pop("delay", None), "delay")
+    eta = timestamp(rest.pop("eta", None), "eta")
+    job_id = rest.pop("job_id", None)
+    if delay is not None and eta is not None:
+        raise InvalidJob("both delay and eta were given: one of them says when the job may start.")
+    if eta is not None:
+        rest["eta"] = round(eta * 1000)
+    if rest.get("result_ttl") is not None:
+        rest["result_ttl"] = seconds(rest["result_ttl"], "result_ttl")
+    if "tags" in rest:
+        if isinstance(rest["tags"], str):
+            raise InvalidJob(f"tags={rest['tags']!r}: give a list of texts: tags=[{rest['tags']!r}].")
+        rest["tags"] = list(rest["tags"])
+    return rest, None if delay is None else round(delay * 1000), job_id
+
+
+def _as_call(call: object, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(call, Mapping):
+        return (), dict(call)
+    if isinstance(call, tuple | list):
+        return tuple(call), {}
+    raise InvalidJob(
+        f"submit_many: call {index} is a {type(call).__name__}; each is a tuple of positional or a dict of keyword "
+        f"arguments: ({call!r},)."
+    )
+
+
+class ActorDecorator(Protocol):
+    """What `MLQ.actor` with options gives."""
+
+    @overload
+    def __call__(self, fn: Callable[P, Awaitable[R]]) -> Actor[P, R]: ...
+
+    @overload
+    def __call__(self, fn: Callable[P, R]) -> Actor[P, R]: ...
+
+
+class MLQ:
+    """A namespace of jobs: declare its actors, submit jobs, look at them.
+
+    Nothing is connected or started before the first use. Without a URL the store is the embedded server of this
+    folder (see `mlqueue.embedded`), started when there is none.
+
+    Parameters:
+      name: The namespace: jobs of one are seen by its workers and by no others. ``MLQUEUE_NAMESPACE``, or ``default``.
+      redis_host, redis_port, redis_db: A Redis or Valkey server, as MLQ took it; goes before any URL.
+      url: ``redis://``, ``rediss://`` or ``unix://``; goes before ``MLQUEUE_URL`` and ``REDIS_URL``.
+      settings: All settings, instead of those of the environment.
+      middleware: All Dramatiq middleware, instead of the default list.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        redis_host: str | None = None,
+        redis_port: int = 6379,
+        redis_db: int = 0,
+        *,
+        url: str | None = None,
+        settings: Settings | None = None,
+        middleware: list[Middleware] | None = None,
+    ) -> None:
+        if redis_host is not None:
+            if url is not None:
+                raise SettingsError(f"both a host ({redis_host!r}) and a url ({url!r}) were given: give one of them.")
+            url = f"redis://{redis_host}:{redis_port}/{redis_db}"
+        if settings is None:
+            settings = Settings.load() if url is None else Settings.load(url=url)
+        elif url is not None:
+            raise SettingsError("both settings and a url were given: Settings.load(url=...) makes settings with it.")
+        #: The settings in use.
+        self.settings = settings
+        #: The namespace.
+        self.name = name or settings.namespace or DEFAULT_NAMESPACE
+        #: The store of the jobs.
+        self.store = Store(Connector(settings), self.name, settings)
+        #: The Dramatiq broker.
+        self.broker = StoreBroker(self.store, settings, middleware=middleware)
+        # A guest: the host's own global broker stays.
+        if dramatiq.broker.global_broker is None:
+            dramatiq.set_broker(self.broker)
+        global _made
+        _made += 1
+        _instances[_made] = self
+
+    @overload
+    def actor(self, fn: Callable[P, Awaitable[R]], /) -> Actor[P, R]: ...
+
+    @overload
+    def actor(self, fn: Callable[P, R], /) -> Actor[P, R]: ...
+
+    @overload
+    def actor(
+        self,
+        *,
+        actor_name: str | None = None,
+        queue_name: str = "default",
+        priority: int = 0,
+        **options: Any,
+    ) -> ActorDecorator: ...
+
+    def actor(self, fn: Any = None, /, **options: Any) -> Any:
+        """Declares a function as an actor: ``@mlq.actor`` or ``@mlq.actor(queue_name="train", max_retries=3)``.
+
+        Takes every option of ``dramatiq.actor``, with Dramatiq's names and units (milliseconds), and of ours:
+        ``result_ttl`` (seconds for which the result is kept, None for ever), ``tags``, ``max_crashes``,
+        ``max_stalls``, ``sync_ack``. Declared again from the same module, as by a notebook's cell that is run
+        again, it replaces the actor of that name.
+        """
+
+        def declare(function: Callable[..., Any]) -> Actor[Any, Any]:
+            name = options.get("actor_name") or function.__name__
+            present = self.broker.actors.get(name)
+            if present is not None and _is_same(present.fn, function):
+                del self.broker.actors[name]
+            declared: Actor[Any, Any] = dramatiq.actor(function, broker=self.broker, actor_class=Actor, **options)  # type: ignore[call-overload]
+            return declared
+
+        return declare if fn is None else declare(fn)
+
+    def submit(self, actor_name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
+        """Submits a job by the name of its actor, whose code need not be here.
+
+        Keywords as for `Actor.submit`; besides ``queue_name``, for an actor that no worker has declared yet (its
+        jobs go to ``default`` without it).
+        """
+        actor = self.broker.actors.get(actor_name)
+        if isinstance(actor, Actor) and "queue_name" not in kwargs:
+            job: Job[Any] = actor.submit(*args, **kwargs)
+            return job
+        queue_name = kwargs.pop("queue_name", None) or self.store.queue_of(actor_name) or "default"
+        options, delay, job_id = message_options(
+            {name: kwargs.pop(name) for name in SUBMIT_OPTIONS.intersection(kwargs)}
+        )
+        message: Message[Any] = Message(
+            queue_name=queue_name,
+            actor_name=actor_name,
+            args=args,
+            kwargs=kwargs,
+            options=options,
+            message_id=new_id() if job_id is None else check_id(job_id),
+        )
+        self.broker.enqueue(message, delay=delay)
+        return Job(self.store, message.message_id)
+
+    def job(self, job_id: str) -> Job[Any]:
+        """The job of this id. Raises `JobNotFound` when there is none."""
+        self.store.record(job_id, full=False)
+        return Job(self.store, job_id)
+
+    def jobs(
+        self,
+        *,
+        state: State | str | Iterable[State | str] | None = None,
+        actor: str | None = None,
+        queue: str | None = None,
+        tag: str | None = None,
+        since: float | datetime | None = None,
+        until: float | datetime | None = None,
+        cursor: int | None = None,
+        limit: int = 50,
+    ) -> Page:
+        """A page of records, newest first. ``page.cursor`` gives the next; pages are stable while jobs come and go.
+
+        `since` and `until` bound the time of creation: Unix seconds or aware datetimes.
+        """
+        if not 1 <= limit <= 1000:
+            raise InvalidJob(f"limit={limit!r}: a page has from 1 to 1,000 jobs.")
+        return self.store.list(
+            states=_states(state),
+            actor=actor,
+            queue=queue,
+            tag=tag,
+            since=timestamp(since, "since"),
+            until=timestamp(until, "until"),
+            cursor=cursor,
+            limit=limit,
+        )
+
+    @property
+    def client(self) -> redis.Redis:
+        """The redis-py client in use, as for Dramatiq's rate limiters' backend. Starts the embedded server."""
+        return self.store.connector.client
+
+    def close(self) -> None:
+        """Closes connections and background threads; a worker of this process is stopped first by who started it."""
+        self.broker.close()
+
+    def __repr__(self) -> str:
+        return f"<MLQ {self.name!r} on {self.store.connector.where}>"
+
+
+def _is_same(present: Any, function: Any) -> bool:
+    return (present.__module__, present.__qualname__) == (function.__module__, function.__qualname__)
+
+
+def _states(given: State | str | Iterable[State | str] | None) -> tuple[State, ...]:
+    if given is None:
+        return tuple(State)
+    names = [given] if isinstance(given, str) else list(given)
+    try:
+        return tuple(State(name) for name in names)
+    except ValueError:
+        allowed = ", ".join(State)
+        raise InvalidJob(f"state={given!r}: the states are {allowed}.") from None
+
+
+__all__ = ["MLQ", "Actor", "BoundOptions", "instances"]

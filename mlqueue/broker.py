@@ -1,0 +1,420 @@
+"""The Dramatiq broker over the store: enqueue is one script, the ack is the commit.
+
+There are no delay queues (scheduled jobs wait in the store) and no dead-letter queues (a dead job is a state). What a
+middleware enqueues after the actor call, a retry included, is noted on the delivery and created by the settle.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import dramatiq
+from dramatiq import Message, MessageProxy
+from dramatiq.broker import Broker, Consumer
+from dramatiq.errors import QueueJoinTimeout
+from dramatiq.middleware import Middleware
+from dramatiq.results import Results
+
+from .delivery import Delivery, current_delivery, storing
+from .errors import MLQueueError
+from .heartbeat import HeartbeatHelper
+from .job import NewJob, Result
+from .message import LIFTED, from_job, to_job
+from .middleware import TimeLimit, default_middleware
+from .middleware.results import StoreBackend
+from .progress import ProgressWriter
+from .pump import Pump, WorkQueue
+from .settings import Settings
+from .store import Store
+from .store.store import encode_result
+
+logger = logging.getLogger("mlqueue.broker")
+
+#: Actor options of ours; the others are Dramatiq's.
+OWN_OPTIONS: Final = frozenset({"sync_ack", "prefetch", "tags", "max_crashes", "max_stalls"})
+
+#: How often worker threads are counted that are still alive, in seconds.
+COUNT_THREADS_EVERY: Final = 0.5
+
+#: How often `StoreBroker.join` looks, in seconds.
+JOIN_INTERVAL: Final = 0.02
+
+
+class StoreBroker(Broker):
+    """A Dramatiq broker over a `Store`.
+
+    Parameters:
+      store: Where the jobs are.
+      settings: The settings in use.
+      middleware: All middleware, instead of the default list.
+      worker_id: The incarnation that a worker of this broker takes, where its supervisor has chosen it (and sends its
+        heartbeat); None for a worker that gets a helper process for that.
+      only_alone: Whether a worker of this broker takes only jobs that are to run alone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        *,
+        middleware: list[Middleware] | None = None,
+        worker_id: str | None = None,
+        only_alone: bool = False,
+    ) -> None:
+        self.store = store
+        self.settings = settings
+        self.progress = ProgressWriter(store)
+        self.pump: Pump | None = None
+        self.worker: dramatiq.Worker | None = None
+        #: Set when a worker's thread has died; its process should drain and end.
+        self.broken = threading.Event()
+        self._worker_id = worker_id
+        self._only_alone = only_alone
+        self._helper: HeartbeatHelper | None = None
+        self._local = threading.local()
+        self._hooked: list[Middleware] = []
+        self._hooks: dict[str, list[Any]] = {}
+        self._lane_cache: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+        if middleware is None:
+            middleware = default_middleware(store, settings)
+        super().__init__(middleware)
+        self.queues = {}
+        self.actor_options |= OWN_OPTIONS
+
+    # Dramatiq's face
+
+    def declare_actor(self, actor: Any) -> None:
+        """Declares an actor; its function stores its result when a worker calls it."""
+        self.emit_before("declare_actor", actor)
+        self.declare_queue(actor.queue_name)
+        actor.fn = storing(actor.fn, self._keep_result)
+        self.actors[actor.actor_name] = actor
+        self._lane_cache.clear()
+        if self.pump is not None:
+            self.pump.wake()
+        self.emit_after("declare_actor", actor)
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Declares a queue; one that is declared already is left as it is."""
+        if queue_name not in self.queues:
+            self.emit_before("declare_queue", queue_name)
+            self.queues[queue_name] = None
+            self.emit_after("declare_queue", queue_name)
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30_000) -> Consumer:
+        """A consumer of a queue. `timeout` in milliseconds."""
+        if queue_name not in self.queues:
+            raise dramatiq.errors.QueueNotFound(queue_name)
+        if self.pump is None:
+            self.pump = self._new_pump()
+        return StoreConsumer(self, self.pump, queue_name, prefetch, timeout / 1000)
+
+    def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
+        """Puts a message into its queue; `delay` in milliseconds.
+
+        An id that the store has already is left as it is. Called by a middleware after an actor call, the message
+        is created together with that job's end; for the job in hand it asks for a retry.
+        """
+        settling: Delivery | None = getattr(self._local, "settling", None)
+        self.emit_before("enqueue", message, delay)
+        if settling is not None and message is settling:
+            settling.retry_delay = (delay or 0) / 1000
+        else:
+            self._create([message], delay)
+        self.emit_after("enqueue", message, delay)
+        return message
+
+    def enqueue_many(self, messages: Sequence[Message[Any]], *, delay: int | None = None) -> None:
+        """Puts messages into their queues, some hundred in one call of the store; `delay` in milliseconds."""
+        for message in messages:
+            self.emit_before("enqueue", message, delay)
+        self._create(messages, delay)
+        for message in messages:
+            self.emit_after("enqueue", message, delay)
+
+    def _create(self, messages: Sequence[Message[Any]], delay: int | None) -> None:
+        settling: Delivery | None = getattr(self._local, "settling", None)
+        current = settling or current_delivery.get()
+        parent = None if current is None else current.held.id
+        jobs = [self.new_job(message, delay=delay, parent=parent) for message in messages]
+        if settling is not None:
+            settling.spawned.extend(jobs)
+        else:
+            self.store.submit(jobs)
+
+    def new_job(self, message: Message[Any], *, delay: float | None = None, parent: str | None = None) -> NewJob:
+        """The job that a message stands for, with what its actor declares; `delay` in milliseconds."""
+        defaults: dict[str, Any] = {}
+        actor = self.actors.get(message.actor_name)
+        if actor is not None:
+            defaults = {name: value for name, value in actor.options.items() if name in LIFTED}
+            defaults["priority"] = actor.priority
+        if parent is not None:
+            defaults["parent"] = parent
+        return to_job(message, self.settings, delay=None if delay is None else delay / 1000, defaults=defaults)
+
+    def flush(self, queue_name: str) -> None:
+        """Forgets the jobs of a queue that wait."""
+        self.store.flush(queue_name)
+
+    def flush_all(self) -> None:
+        """Forgets all jobs that wait, of every queue of this namespace."""
+        self.store.flush()
+
+    def join(self, queue_name: str, *, timeout: int | None = None) -> None:
+        """Waits until every job of a queue has ended: queued, scheduled and running ones count as unfinished.
+
+        `timeout` in milliseconds; raises Dramatiq's QueueJoinTimeout after it.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout / 1000
+        while any(count.queue == queue_name and not count.state.ended for count in self.store.counts()):
+            if deadline is not None and time.monotonic() >= deadline:
+                raise QueueJoinTimeout(queue_name)
+            time.sleep(JOIN_INTERVAL)
+
+    def close(self) -> None:
+        """Ends the background threads of this broker and its connections."""
+        self.progress.close()
+        self.store.connector.close()
+
+    # Hooks. Dramatiq calls each hook of each middleware by name; most do nothing, so only those that do are called.
+
+    def _hooks_of(self, signal: str) -> list[Any]:
+        if self._hooked != self.middleware:
+            self._hooked = list(self.middleware)
+            self._hooks = {}
+        hooks = self._hooks.get(signal)
+        if hooks is None:
+            idle = getattr(Middleware, signal, None)
+            hooks = self._hooks[signal] = [
+                hook
+                for middleware in self.middleware
+                if getattr(hook := getattr(middleware, signal), "__func__", hook) is not idle
+                and not self._stores_itself(middleware, signal)
+            ]
+        return hooks
+
+    def _stores_itself(self, middleware: Middleware, signal: str) -> bool:
+        # The actor call and the settle store results of ours; the middleware is there for who looks for it.
+        return (
+            isinstance(middleware, Results)
+            and isinstance(middleware.backend, StoreBackend)
+            and signal in ("after_process_message", "after_skip_message", "after_nack")
+        )
+
+    def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Calls the ``before_`` hooks in order."""
+        if signal == "process_message":
+            self._local.settling = None
+            current_delivery.set(args[0] if isinstance(args[0], Delivery) else None)
+        elif signal == "worker_boot":
+            self._before_worker_boot(args[0])
+        elif signal == "worker_shutdown":
+            self._before_worker_shutdown(args[0])
+        name = "before_" + signal
+        for hook in self._hooks_of(name):
+            try:
+                hook(self, *args, **kwargs)
+            except dramatiq.middleware.MiddlewareError:
+                raise
+            except Exception:
+                self.logger.critical("Unexpected failure in %s of %r.", name, hook, exc_info=True)
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Calls the ``after_`` hooks in reverse order."""
+        if signal in ("process_message", "skip_message") and isinstance(args[0], Delivery):
+            delivery = args[0]
+            delivery.skipped = signal == "skip_message"
+            current_delivery.set(None)
+            self._local.settling = delivery
+        name = "after_" + signal
+        for hook in reversed(self._hooks_of(name)):
+            try:
+                hook(self, *args, **kwargs)
+            except Exception:
+                self.logger.critical("Unexpected failure in %s of %r.", name, hook, exc_info=True)
+        if signal == "worker_boot":
+            self._after_worker_boot()
+        elif signal == "worker_shutdown":
+            self._after_worker_shutdown(args[0])
+
+    # Ends of attempts
+
+    def _keep_result(self, delivery: Delivery, result: Result) -> None:
+        """Inside the actor call: encodes the result and writes its chunks, if it is large."""
+        for middleware in self.middleware:
+            if isinstance(middleware, TimeLimit):
+                middleware.disarm()
+        stored = encode_result(result, self.settings.max_result_bytes)
+        if stored.chunks:
+            self.store.write_chunks(delivery.held.id, f"r{delivery.held.attempt}", stored.chunks)
+            stored = stored._replace(chunks=())
+        delivery.result = stored
+
+    def settle(self, pump: Pump, delivery: Delivery) -> None:
+        """Ends the attempt: the verdict is frozen here, before Dramatiq clears the exception."""
+        self._local.settling = None
+        delivery.progress = self.progress.take(delivery)
+        actor = self.actors.get(delivery.actor_name)
+        settle = delivery.verdict()
+        wait = actor is not None and bool(actor.options.get("sync_ack"))
+        if isinstance(threading.current_thread(), dramatiq.worker.ConsumerThread):
+            wait = False
+        pump.settle(delivery, settle, wait=wait)
+
+    # Workers
+
+    def _new_pump(self) -> Pump:
+        pump = Pump(
+            self.store,
+            lanes=self._lanes,
+            hello=self._hello,
+            deliver=lambda held: Delivery(from_job(held), held, self),
+            only_alone=self._only_alone,
+            worker_id=self._worker_id,
+        )
+        pump.on_cancel = self._on_cancel
+        return pump
+
+    def _on_cancel(self, delivery: Delivery) -> None:
+        """A running job has been asked to cancel."""
+
+    def _lanes(self, queues: Iterable[str]) -> list[tuple[str, str]]:
+        """The lanes that a worker can take jobs from: every actor it knows, in every queue that it serves."""
+        names = tuple(sorted(queues))
+        lanes = self._lane_cache.get(names)
+        if lanes is None:
+            lanes = [self.store.lane(queue, actor) for queue in names for actor in sorted(self.actors)]
+            self._lane_cache[names] = lanes
+        return lanes
+
+    def _hello(self) -> None:
+        if self.pump is None:
+            return
+        info = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "started_at": time.time(),
+            "threads": self.worker.worker_threads if self.worker else 0,
+            "queues": sorted(self.pump.live_queues()) if self.pump else [],
+            "actors": sorted(self.actors),
+            "supervised": self._worker_id is not None,
+            "python": platform.python_version(),
+            "argv": sys.argv[:8],
+        }
+        self.store.start_worker(self.pump.worker, info, {name: actor.queue_name for name, actor in self.actors.items()})
+
+    def _before_worker_boot(self, worker: dramatiq.Worker) -> None:
+        self.worker = worker
+        self.broken.clear()
+        self.pump = self._new_pump()
+        worker.work_queue = WorkQueue(self.pump)  # type: ignore[assignment]
+        self.pump.crew = _Threads(worker, self.broken)
+        # Where jobs go that were submitted by name before any worker had declared their actor.
+        self.declare_queue("default")
+        if self._worker_id is None:
+            self._helper = HeartbeatHelper(self.store, self.pump.worker)
+            self._helper.start()
+
+    def _after_worker_boot(self) -> None:
+        if self.pump is not None and isinstance(self.pump.crew, _Threads):
+            self.pump.crew.booted = True
+
+    def _before_worker_shutdown(self, worker: dramatiq.Worker) -> None:
+        if self.pump is not None:
+            self.pump.stop_fetching()
+        queue = worker.work_queue
+        if isinstance(queue, WorkQueue):
+            queue.stop(worker.worker_threads)
+
+    def _after_worker_shutdown(self, worker: dramatiq.Worker) -> None:
+        # Left in place, the stopped worker's own middleware would start a consumer for the next queue that is declared.
+        self.middleware = [item for item in self.middleware if getattr(item, "worker", None) is not worker]
+        pump, self.pump, self.worker = self.pump, None, None
+        if pump is not None:
+            pump.end()
+        if self._helper is not None:
+            self._helper.stop()
+            self._helper = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker of this process is being drained."""
+        return self.pump is not None and self.pump.stopping
+
+
+class StoreConsumer(Consumer):
+    """One queue's end of the pump."""
+
+    def __init__(self, broker: StoreBroker, pump: Pump, queue_name: str, prefetch: int, timeout: float) -> None:
+        self.broker = broker
+        self.pump = pump
+        self.queue_name = queue_name
+        self.prefetch = prefetch
+        self.timeout = timeout
+        self._open = True
+        pump.open(queue_name)
+
+    def __next__(self) -> Delivery | None:
+        return self.pump.next(self.queue_name, self.timeout, self.prefetch)
+
+    def ack(self, message: MessageProxy) -> None:
+        """Ends the attempt as its verdict says: success, a retry, or failure when no result was stored."""
+        self.broker.settle(self.pump, message)  # type: ignore[arg-type]
+
+    def nack(self, message: MessageProxy) -> None:
+        """Ends the attempt as dead."""
+        self.broker.settle(self.pump, message)  # type: ignore[arg-type]
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        """Gives jobs that did not start back to their queues."""
+        try:
+            self.pump.give_back(message for message in messages if isinstance(message, Delivery))
+        except MLQueueError as error:
+            logger.warning("jobs could not be given back; they will be when the lease ends: %s", error)
+
+    def close(self) -> None:
+        """Closes this consumer; what it has fetched and not handed on goes back."""
+        if self._open:
+            self._open = False
+            try:
+                self.pump.close(self.queue_name)
+            except MLQueueError as error:
+                logger.warning("jobs could not be given back; they will be when the lease ends: %s", error)
+
+
+class _Threads:
+    """A Worker's threads, as those who run the jobs of its pump."""
+
+    def __init__(self, worker: dramatiq.Worker, broken: threading.Event) -> None:
+        self.worker = worker
+        self.broken = broken
+        #: Whether all threads have been made.
+        self.booted = False
+        self._alive = worker.worker_threads
+        self._counted_at = 0.0
+
+    def free(self, in_hand: int) -> int:
+        """How many more jobs can start, `in_hand` being fetched."""
+        now = time.monotonic()
+        if self.booted and now > self._counted_at + COUNT_THREADS_EVERY:
+            self._counted_at = now
+            self._alive = sum(thread.is_alive() for thread in self.worker.workers)
+            if self._alive < self.worker.worker_threads and not self.broken.is_set():
+                logger.critical(
+                    "%d of %d worker threads have died; this worker takes no more jobs and should be restarted",
+                    self.worker.worker_threads - self._alive,
+                    self.worker.worker_threads,
+                )
+                self.broken.set()
+        return 0 if self.broken.is_set() else self._alive - in_hand
+
+
+__all__ = ["StoreBroker", "StoreConsumer"]

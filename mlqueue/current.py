@@ -1,0 +1,147 @@
+"""The job that runs here, seen from inside: `current_job()`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from . import codec
+from .delivery import Delivery, HandBack, current_delivery
+from .errors import InvalidJob, NoCurrentJob
+from .job import seconds
+
+if TYPE_CHECKING:
+    from .broker import StoreBroker
+
+T = TypeVar("T")
+
+#: The largest checkpoint, in bytes.
+MAX_CHECKPOINT: Final = 2**31
+
+
+class CurrentJob:
+    """The job in hand. Valid while it runs; got by `current_job()`."""
+
+    def __init__(self, broker: StoreBroker, delivery: Delivery) -> None:
+        self._broker = broker
+        self._delivery = delivery
+
+    @property
+    def id(self) -> str:
+        """The job's id."""
+        return self._delivery.held.id
+
+    @property
+    def attempt(self) -> int:
+        """1 when the job runs for the first time; more after a crash or a retry."""
+        return self._delivery.held.attempt
+
+    @property
+    def retries(self) -> int:
+        """How often it was put back after an error of its own."""
+        return self._delivery.held.retries
+
+    @property
+    def actor_name(self) -> str:
+        """The name of its actor."""
+        return self._delivery.held.actor
+
+    @property
+    def queue_name(self) -> str:
+        """The name of its queue."""
+        return self._delivery.held.queue
+
+    @property
+    def parent(self) -> str | None:
+        """The id of the job that submitted it, or None."""
+        return self._delivery.held.parent or None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the worker is being drained: save a checkpoint and return (None), and the job goes back to its
+        queue without a strike. After the drain time the process is killed."""
+        if self._broker.stopping:
+            self._delivery.saw_stopping = True
+            return True
+        return False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody has asked to cancel this job: whatever it returns, it ends cancelled."""
+        return self._delivery.cancel_requested.is_set()
+
+    def progress(self, value: object, note: str | None = None) -> None:
+        """Reports progress. A number stays a number, anything else is kept as text (1,000 characters).
+
+        The first report is written at once, later ones are gathered for 50 ms, and the last one always arrives. It is
+        never an error in the job: what cannot be written is logged.
+        """
+        self._broker.progress.report(self._delivery, value, note)
+
+    def track(self, items: Iterable[T], total: int | None = None, note: str | None = None) -> Iterator[T]:
+        """Yields the items and reports percent done. `total` is taken from ``len(items)`` when it has one."""
+        if total is None:
+            total = len(items) if hasattr(items, "__len__") else None
+        reported = 0.0
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - reported >= 0.02 or done == total:
+                reported = now
+                if total:
+                    self.progress(min(100.0, 100 * done / total), note)
+                else:
+                    self.progress(done, note)
+
+    def save_checkpoint(self, value: object) -> None:
+        """Keeps a value (anything the codec carries, arrays included, of any size) until the job succeeds.
+
+        A later attempt, after a crash, a retry or a drain, gets it from `load_checkpoint`. Raises `EncodeError` for a
+        value that cannot be kept and `StaleAttempt` when this attempt no longer holds the job.
+        """
+        data = codec.encode(value, path="checkpoint", max_bytes=MAX_CHECKPOINT)
+        held = self._delivery.held
+        if self._broker.store.save_checkpoint(held.id, held.attempt, data, uuid.uuid4().hex[:12]):
+            self._delivery.cancel_requested.set()
+
+    def load_checkpoint(self) -> Any:
+        """What `save_checkpoint` kept last in this or an earlier attempt, or None. Arrays in it are read-only."""
+        data = self._broker.store.load_checkpoint(self.id)
+        return None if data is None else codec.decode(data)
+
+    def store_data(self, data: str | bytes, key: str | None = None, expiry: float | timedelta | None = None) -> str:
+        """Keeps text or bytes for other jobs of this namespace; the key (one is made when None).
+
+        `expiry` in seconds; without it they are kept for ever.
+        """
+        if not isinstance(data, str | bytes):
+            raise InvalidJob(f"store_data: got {type(data).__name__}; give a str or bytes (codec.encode makes bytes).")
+        key = key or uuid.uuid4().hex
+        value = data.encode() if isinstance(data, str) else data
+        self._broker.store.put_data(key, value, seconds(expiry, "expiry"))
+        return key
+
+    def fetch_data(self, key: str) -> bytes | None:
+        """What some job kept under `key`, as bytes; None when there is nothing."""
+        return self._broker.store.get_data(key)
+
+    def hand_back(self) -> None:
+        """Ends this attempt here and gives the job back to its queue, without a strike. Does not return."""
+        raise HandBack
+
+    def __repr__(self) -> str:
+        return f"<CurrentJob {self.id} {self.actor_name} attempt {self.attempt}>"
+
+
+def current_job() -> CurrentJob:
+    """The job that this code runs in. Raises `NoCurrentJob` outside an actor that a worker runs."""
+    delivery = current_delivery.get()
+    if delivery is None:
+        raise NoCurrentJob
+    if delivery.context is None:
+        delivery.context = CurrentJob(delivery.broker, delivery)
+    context: CurrentJob = delivery.context
+    return context

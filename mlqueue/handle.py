@@ -1,0 +1,190 @@
+"""`Job`: what a user holds of a job. A future with progress, from any process that can reach the store."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Generator, Iterator
+from datetime import timedelta
+from typing import Any, Generic, TypeVar, cast
+
+from .errors import JobCancelled, JobFailed, MLQueueError, ResultTimeout
+from .job import JobError, JobRecord, Result, State, seconds
+from .store import Store
+from .store.store import Outcome
+from .waiting import changes, wait_for, wait_for_async
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class JobEvent:
+    """A change of a job, as `Job.events` yields it."""
+
+    #: ``state`` or ``progress``.
+    kind: str
+    state: State
+    #: What the job reported last; None before it has.
+    progress: int | float | str | None
+    note: str | None
+    #: Which start of the job this is.
+    attempt: int
+
+
+class Job(Generic[R_co]):
+    """A job in the store. Holds its id only: every property asks the store anew (`record` asks for all at once)."""
+
+    def __init__(self, store: Store, job_id: str) -> None:
+        self._store = store
+        #: The job's id.
+        self.id = job_id
+
+    @property
+    def record(self) -> JobRecord:
+        """Everything that the store knows of the job. Raises `JobNotFound`."""
+        return self._store.record(self.id)
+
+    @property
+    def state(self) -> State:
+        """Where the job stands. Raises `JobNotFound`."""
+        return self._brief().state
+
+    @property
+    def progress(self) -> int | float | str | None:
+        """What the job reported last; None before it has."""
+        return self._brief().progress
+
+    @property
+    def position(self) -> int | None:
+        """How many jobs are ahead of it in its queue (0: it is next); None unless it is queued."""
+        return self._brief().position
+
+    @property
+    def short_result(self) -> None | bool | int | float | str:
+        """The short result; None while there is none. Does not load the full one."""
+        return self._brief().short_result
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return self.state.ended
+
+    def _brief(self) -> JobRecord:
+        return self._store.record(self.id, full=False)
+
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
+        """Waits until the job has ended; False when `timeout` seconds pass first."""
+        self._refuse_on_event_loop("wait")
+        return wait_for(self._store, self.id, seconds(timeout, "timeout"))
+
+    def result(self, timeout: float | timedelta | None = None) -> R_co:
+        """Waits for the job and returns its full result.
+
+        Raises `JobFailed` (with the worker's traceback in ``remote_traceback`` and in its notes) when it is dead,
+        `JobCancelled`, `ResultTimeout` after `timeout` seconds (None: waits for ever), `JobNotFound`.
+        """
+        return cast(R_co, self.full_result(timeout).full)
+
+    def full_result(self, timeout: float | timedelta | None = None) -> Result:
+        """As `result`, but the whole `Result`: short, full and content type."""
+        if not self.wait(timeout):
+            raise self._timed_out(timeout)
+        return self._open(self._store.outcome(self.id))
+
+    def exception(self, timeout: float | timedelta | None = None) -> JobFailed | None:
+        """Waits for the job; what `result` would raise, or None when it succeeded."""
+        if not self.wait(timeout):
+            raise self._timed_out(timeout)
+        outcome = self._store.outcome(self.id)
+        return None if outcome.state is State.SUCCEEDED else self._failure(outcome)
+
+    def events(self, timeout: float | timedelta | None = None) -> Iterator[JobEvent]:
+        """Yields the job's changes, from how it stands now to its end; the last event has an ended state.
+
+        Changes that follow each other faster than they are read are yielded as one. Stops after `timeout` seconds.
+        """
+        self._refuse_on_event_loop("events")
+        last: tuple[State, int] | None = None
+        shown: tuple[object, object] = (None, None)
+        for _ in changes(self._store, self.id, seconds(timeout, "timeout")):
+            record = self._brief()
+            if (record.progress, record.progress_note) != shown:
+                shown = (record.progress, record.progress_note)
+                if last is not None and not record.state.ended:
+                    yield self._event("progress", record)
+            if (record.state, record.attempt) != last:
+                last = (record.state, record.attempt)
+                yield self._event("state", record)
+
+    @staticmethod
+    def _event(kind: str, record: JobRecord) -> JobEvent:
+        return JobEvent(
+            kind=kind,
+            state=record.state,
+            progress=record.progress,
+            note=record.progress_note,
+            attempt=record.attempt,
+        )
+
+    def cancel(self) -> State:
+        """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""
+        return self._store.cancel(self.id)
+
+    def retry(self) -> None:
+        """Puts a dead or cancelled job back into its queue. Raises `InvalidTransition` for any other."""
+        self._store.retry(self.id)
+
+    def __await__(self) -> Generator[Any, None, R_co]:
+        return self._await().__await__()
+
+    async def _await(self) -> R_co:
+        await wait_for_async(self._store, self.id)
+        outcome = await asyncio.to_thread(self._store.outcome, self.id)
+        return cast(R_co, self._open(outcome).full)
+
+    def _open(self, outcome: Outcome) -> Result:
+        if outcome.result is None:
+            raise self._failure(outcome)
+        return outcome.result
+
+    def _failure(self, outcome: Outcome) -> JobFailed:
+        if outcome.state is State.CANCELLED:
+            return JobCancelled(f"job {self.id} was cancelled.", job_id=self.id, reason="cancelled")
+        error = outcome.error or JobError(type="", message="")
+        kind = error.type.removeprefix("builtins.")
+        what = f"{kind}: {error.message}" if kind else error.message
+        return JobFailed(
+            f"job {self.id} is dead ({outcome.reason}): {what}",
+            job_id=self.id,
+            reason=outcome.reason,
+            error_type=error.type,
+            remote_traceback=error.traceback,
+        )
+
+    def _timed_out(self, timeout: float | timedelta | None) -> ResultTimeout:
+        record = self._brief()
+        where = f", {record.position} jobs ahead of it" if record.position else ""
+        workers = "" if self._store.workers() else " No worker is alive: start one with `mlqueue worker MODULE`."
+        return ResultTimeout(
+            f"job {self.id} is {record.state}{where} after {seconds(timeout, 'timeout'):g} s; it goes on. "
+            f"Wait again, or longer.{workers}"
+        )
+
+    def _refuse_on_event_loop(self, method: str) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        raise MLQueueError(f"Job.{method}() would block the event loop; write `await job` there.")
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Job) and (self.id, self._store.root) == (other.id, other._store.root)
+
+    def __hash__(self) -> int:
+        return hash((self.id, self._store.root))
+
+
+__all__ = ["Job", "JobEvent"]

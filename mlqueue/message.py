@@ -1,0 +1,152 @@
+"""Between Dramatiq's messages and the jobs of the store.
+
+A message's arguments and options are the job's body; queue, actor, id and timestamp are fields of its record. Options
+that the store itself acts on (priority, tags, result_ttl ...) are lifted out of the body.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from dramatiq import Message
+
+from . import codec
+from .errors import DecodeError, EncodeError, InvalidJob
+from .job import NewJob, check_id
+from .settings import Settings
+from .store import Held
+
+#: Options that become fields of the record rather than part of the body.
+LIFTED: Final = frozenset({"priority", "result_ttl", "tags", "parent", "max_crashes", "max_stalls"})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_message(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("queue_name"), str)
+        and isinstance(value.get("actor_name"), str)
+        and isinstance(value.get("args"), list | tuple)
+        and isinstance(value.get("kwargs"), dict)
+        and isinstance(value.get("options"), dict)
+    )
+
+
+#: Dramatiq's options: what each must be. A wrong type would end a worker's thread where it is first used.
+OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "retries": (_is_count, "an int, 0 or more"),
+    "max_retries": (lambda value: value is None or _is_count(value), "an int, 0 or more, or None"),
+    "min_backoff": (_is_number, "a number of milliseconds"),
+    "max_backoff": (_is_number, "a number of milliseconds"),
+    "max_age": (lambda value: value is None or _is_number(value), "a number of milliseconds, or None"),
+    "time_limit": (lambda value: value is None or _is_number(value), "a number of milliseconds, or None"),
+    "notify_shutdown": (lambda value: isinstance(value, bool), "a bool"),
+    "on_success": (lambda value: value is None or isinstance(value, str), "an actor or its name"),
+    "on_failure": (lambda value: value is None or isinstance(value, str), "an actor or its name"),
+    "on_retry_exhausted": (lambda value: value is None or isinstance(value, str), "the name of an actor"),
+    "pipe_ignore": (lambda value: isinstance(value, bool), "a bool"),
+    "pipe_target": (lambda value: value is None or _is_message(value), "a message as a dict"),
+    "delay": (lambda value: value is None or _is_number(value), "a number of milliseconds"),
+    "eta": (lambda value: value is None or _is_number(value), "Unix milliseconds"),
+    "store_results": (lambda value: isinstance(value, bool), "a bool"),
+    "group_completion_uuid": (lambda value: isinstance(value, str), "a str"),
+    "group_completion_callbacks": (
+        lambda value: isinstance(value, list) and all(map(_is_message, value)),
+        "a list of messages as dicts",
+    ),
+    "throws": (
+        lambda value: False,
+        "set on the actor (@actor(throws=ValueError)): classes cannot travel in a message",
+    ),
+    "result_ttl": (lambda value: value is None or (_is_number(value) and value >= 0), "seconds, or None for ever"),
+    "priority": (lambda value: isinstance(value, int) and -1000 <= value <= 1000, "an int from -1,000 to 1,000"),
+    "tags": (
+        lambda value: (
+            isinstance(value, list | tuple) and all(isinstance(tag, str) and 0 < len(tag) <= 100 for tag in value)
+        ),
+        "a list of texts of 1 to 100 characters",
+    ),
+    "max_crashes": (lambda value: _is_count(value) and value > 0, "an int, 1 or more"),
+    "max_stalls": (lambda value: _is_count(value) and value > 0, "an int, 1 or more"),
+}
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raises `InvalidJob` for an option of a wrong type. Unknown options are the business of who reads them."""
+    for name, value in options.items():
+        check = OPTION_CHECKS.get(name)
+        if check is not None and not check[0](value):
+            raise InvalidJob(f"option {name}={value!r}: it must be {check[1]}.")
+
+
+def encode_body(message: Message[Any], settings: Settings) -> bytes:
+    """A message's arguments and options as the store keeps them. Errors carry the path: ``args[0]['x']``."""
+    options = {name: value for name, value in message.options.items() if name not in LIFTED}
+    return codec.encode_call(message.args, message.kwargs, options or None, max_bytes=settings.max_message_bytes)
+
+
+def to_job(
+    message: Message[Any],
+    settings: Settings,
+    *,
+    delay: float | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> NewJob:
+    """The job that a message stands for. `delay` in seconds; `defaults` are its actor's options, for `LIFTED`."""
+    check_options(message.options)
+    if not isinstance(message.queue_name, str) or not message.queue_name:
+        raise InvalidJob(f"queue_name={message.queue_name!r}: the name of a queue is a str that is not empty.")
+    if not isinstance(message.actor_name, str) or not message.actor_name:
+        raise InvalidJob(f"actor_name={message.actor_name!r}: the name of an actor is a str that is not empty.")
+    options: dict[str, Any] = {"result_ttl": settings.result_ttl, **(defaults or {}), **message.options}
+    eta = options.get("eta")
+    return NewJob(
+        id=check_id(message.message_id),
+        queue=message.queue_name,
+        actor=message.actor_name,
+        body=encode_body(message, settings),
+        priority=options.get("priority", 0),
+        delay=delay if eta is None else None,
+        eta=eta / 1000 if eta is not None else None,
+        result_ttl=options["result_ttl"],
+        parent=options.get("parent"),
+        tags=tuple(options.get("tags", ())),
+        max_crashes=options.get("max_crashes"),
+        max_stalls=options.get("max_stalls"),
+    )
+
+
+def from_job(held: Held) -> Message[Any]:
+    """The message of a job that a worker holds. Raises `DecodeError` or `InvalidJob` for one that cannot be run."""
+    args, kwargs, options = decode_body(held.body)
+    options.pop("eta", None)
+    if held.retries:
+        options["retries"] = held.retries
+    return Message(
+        queue_name=held.queue,
+        actor_name=held.actor,
+        args=tuple(args),
+        kwargs=kwargs,
+        options=options,
+        message_id=held.id,
+        message_timestamp=held.created_ms,
+    )
+
+
+def decode_body(body: bytes) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+    """Arguments, keyword arguments and options of a job. Raises `DecodeError` or `InvalidJob`."""
+    args, kwargs, options = codec.decode_call(body)
+    check_options(options)
+    return args, kwargs, options
+
+
+__all__ = ["DecodeError", "EncodeError", "check_options", "decode_body", "encode_body", "from_job", "to_job"]

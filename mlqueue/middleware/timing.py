@@ -1,0 +1,120 @@
+"""Limits of time: how old a job may be when it starts, and how long it may run."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import Any, Final
+
+import dramatiq.middleware
+from dramatiq import Broker
+from dramatiq.logging import get_logger
+from dramatiq.middleware import SkipMessage, TimeLimitExceeded
+from dramatiq.middleware.threading import raise_thread_exception
+
+from ..delivery import Delivery
+from ..job import DeadReason
+from ..store import Store
+
+#: How often running jobs are compared with their limits, in milliseconds.
+INTERVAL_MS: Final = 100
+
+
+class AgeLimit(dramatiq.middleware.AgeLimit):
+    """Dramatiq's ``max_age`` (ms), by the store's clock at both ends: nobody else's counts."""
+
+    def __init__(self, store: Store, *, max_age: int | None = None) -> None:
+        super().__init__(max_age=max_age)
+        self.store = store
+
+    def before_process_message(self, broker: Broker, message: Any) -> None:
+        """Refuses a job that is too old: it is dead, reason ``expired``."""
+        options = broker.get_actor(message.actor_name).options
+        max_age = message.options.get("max_age") or options.get("max_age", self.max_age)
+        if not max_age or self.store.now() * 1000 - message.message_timestamp < max_age:
+            return
+        message.fail()
+        if isinstance(message, Delivery):
+            message.refusal = DeadReason.EXPIRED
+        raise SkipMessage(f"the job is older than its max_age of {max_age:,} ms")
+
+
+class TimeLimit(dramatiq.middleware.TimeLimit):
+    """Dramatiq's ``time_limit`` (ms), with no limit by default, that cannot hit a job which has already returned.
+
+    `TimeLimitExceeded` is raised in the job's thread, so it is seen at the next bytecode: a call into C returns first.
+    """
+
+    def __init__(self, *, time_limit: float = float("inf"), interval: int = INTERVAL_MS) -> None:
+        super().__init__(time_limit=time_limit, interval=interval)
+        self.deadlines = Deadlines(interval / 1000)
+
+    def after_process_boot(self, broker: Broker) -> None:
+        """Does nothing: the watching thread starts with the first limit, also in a process of the user's."""
+
+    def before_process_message(self, broker: Broker, message: Any) -> None:
+        """Sets the deadline of the job that this thread starts."""
+        options = broker.get_actor(message.actor_name).options
+        limit = message.options.get("time_limit") or options.get("time_limit", self.time_limit)
+        if limit is not None and limit != float("inf"):
+            self.deadlines.set(limit / 1000)
+
+    def after_process_message(
+        self, broker: Broker, message: Any, *, result: Any = None, exception: BaseException | None = None
+    ) -> None:
+        """Clears it."""
+        self.deadlines.clear()
+
+    after_skip_message = after_process_message
+
+    def disarm(self) -> None:
+        """The actor call has returned: from here on the limit must not strike. Called in the job's thread."""
+        self.deadlines.clear()
+
+
+class Deadlines:
+    """Threads and when each is to be interrupted."""
+
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
+        self.logger = get_logger(__name__, type(self))
+        self._deadlines: dict[int, float] = {}
+        # Held while an exception is raised: after clear() has returned, none can come any more.
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._work = threading.Event()
+
+    def set(self, limit: float) -> None:
+        """Interrupts this thread `limit` seconds from now."""
+        with self._lock:
+            self._deadlines[threading.get_ident()] = time.monotonic() + limit
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="mlqueue-time-limit", daemon=True)
+                self._thread.start()
+        self._work.set()
+
+    def clear(self) -> None:
+        """Takes the deadline of this thread back, and an interruption that is on its way."""
+        thread = threading.get_ident()
+        if thread not in self._deadlines:
+            return
+        with self._lock:
+            if self._deadlines.pop(thread, None) is None:
+                return
+        # Not yet raised, because this thread has not run a bytecode since; or already raised, then this does nothing.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
+
+    def _run(self) -> None:
+        while True:
+            self._work.wait()
+            threading.Event().wait(self.interval)
+            now = time.monotonic()
+            with self._lock:
+                for thread, deadline in self._deadlines.items():
+                    if now >= deadline:
+                        self._deadlines[thread] = float("inf")
+                        self.logger.warning("Time limit exceeded. Raising exception in worker thread %r.", thread)
+                        raise_thread_exception(thread, TimeLimitExceeded)
+                if not self._deadlines:
+                    self._work.clear()

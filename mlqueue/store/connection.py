@@ -1,0 +1,207 @@
+"""Connections to the store: from a URL, or to the embedded server, and what a broken one turns into.
+
+redis-py's own retries are off: a call here is retried as a whole, by `Connector.run`, because a script that is sent
+again must be one that may be (all of ours are), and because the embedded server may have to be started in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from ..embedded import EmbeddedServer
+from ..errors import StoreError, StoreFull, StoreUnavailable
+from ..settings import Settings
+from .scripts import Script
+
+#: Oldest versions that have what the scripts use (their flags, multi-key blocking pops).
+OLDEST: Final = {"redis": (7, 0), "valkey": (7, 2)}
+
+#: Pauses between the tries of a call, in seconds: the first, and the longest.
+FIRST_PAUSE: Final = 0.02
+LONGEST_PAUSE: Final = 0.5
+
+#: Errors after which the same call may go through: the connection, or the server's state of the moment.
+PASSING: Final = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
+
+#: Replies that pass by themselves: a restart that loads its data, a fail-over, a script in progress.
+PASSING_PREFIXES: Final = ("LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "READONLY", "UNBLOCKED")
+
+#: What is said in a server's answer when it has no room for more.
+FULL_PREFIXES: Final = ("OOM", "MISCONF", "command not allowed when used memory")
+
+
+class Connector:
+    """Gives connections to the store that the settings name, and runs calls over them until they go through."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._client: redis.Redis | None = None
+        self._checked = False
+        #: The embedded server, when no URL is set.
+        self.embedded: EmbeddedServer | None = None
+        if settings.url is None:
+            self.embedded = EmbeddedServer(
+                settings.home,
+                binary=settings.server_bin,
+                durability=settings.durability,
+                grace=settings.server_grace,
+            )
+
+    @property
+    def client(self) -> redis.Redis:
+        """The client in use. Made, and the embedded server started, at the first use."""
+        client = self._client
+        if client is None:
+            with self._lock:
+                client = self._client
+                if client is None:
+                    url = self.embedded.ensure() if self.embedded else self.settings.url
+                    self._client = client = self._make(str(url))
+        return client
+
+    def _make(self, url: str) -> redis.Redis:
+        options: dict[str, Any] = {} if urlsplit(url).scheme == "unix" else {"socket_keepalive": True}
+        return redis.Redis.from_url(
+            url,
+            **options,
+            protocol=2,
+            socket_timeout=self.settings.socket_timeout,
+            socket_connect_timeout=self.settings.connect_timeout,
+            retry=Retry(NoBackoff(), 0),
+            health_check_interval=0,
+            decode_responses=False,
+        )
+
+    @property
+    def where(self) -> str:
+        """The store's address for messages, without a password."""
+        if self.embedded:
+            return f"the embedded server in {self.embedded.home}"
+        return self.settings.masked_url or "the store"
+
+    def connection(self) -> Any:
+        """A connection of redis-py that belongs to the caller alone, who closes it with ``disconnect()``."""
+        with translated(self.where):
+            connection = self.client.connection_pool.make_connection()
+            connection.connect()
+            self._check_version(connection)
+            return connection
+
+    def reconnect(self) -> None:
+        """After a broken connection: makes sure that there is a server to connect to."""
+        if self.embedded:
+            self.embedded.ensure()
+
+    def run(self, script: Script, *args: bytes | str | float, patience: float | None = None) -> Any:
+        """Runs a script, again while the store cannot be reached, for at most `patience` seconds.
+
+        Raises `StoreUnavailable` when they are over, `StoreFull` and `StoreError` at once.
+        """
+        return self.execute("EVALSHA", script.sha, 1, *args, script=script, patience=patience)
+
+    def execute(self, *command: Any, script: Script | None = None, patience: float | None = None) -> Any:
+        """Sends a command, retried as `run` does; one that may not be sent twice passes ``patience=0``."""
+        deadline = time.monotonic() + (self.settings.command_timeout if patience is None else patience)
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return self._once(command, script)
+            except PASSING as error:
+                failure: Exception = error
+            except redis.ResponseError as error:
+                if not str(error).startswith(PASSING_PREFIXES):
+                    raise translate(error, self.where) from error
+                failure = error
+            if time.monotonic() + pause >= deadline:
+                raise translate(failure, self.where) from failure
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(pause * 2, LONGEST_PAUSE)
+            self.reconnect()
+
+    def _once(self, command: tuple[Any, ...], script: Script | None) -> Any:
+        # Less than half the cost of Redis.execute_command, which every submit and every turn would pay.
+        pool = self.client.connection_pool
+        connection = pool.get_connection()
+        try:
+            if not self._checked:
+                self._check_version(connection)
+            return send(connection, command, script)
+        except PASSING:
+            connection.disconnect()
+            raise
+        finally:
+            pool.release(connection)
+
+    def _check_version(self, connection: Any) -> None:
+        connection.send_command("HELLO", 2)
+        answer = connection.read_response()
+        hello = dict(zip(answer[::2], answer[1::2], strict=False))
+        server = hello[b"server"].decode()
+        version = hello[b"version"].decode()
+        oldest = OLDEST.get(server, OLDEST["redis"])
+        if tuple(int(part) for part in version.split(".")[:2]) < oldest:
+            raise StoreError(
+                f"{self.where} runs {server} {version}; mlqueue needs Redis 7.0 or Valkey 7.2 or newer. "
+                "Upgrade it, or unset MLQUEUE_URL and REDIS_URL to use the embedded server."
+            )
+        self._checked = True
+
+    def close(self) -> None:
+        """Closes the connections, and gives up the embedded server."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+                self._checked = False
+        if self.embedded:
+            self.embedded.release()
+
+
+def send(connection: Any, command: tuple[Any, ...], script: Script | None = None) -> Any:
+    """One command over one connection of redis-py; a script that the server does not know yet is sent whole."""
+    connection.send_command(*command)
+    try:
+        return connection.read_response()
+    except redis.exceptions.NoScriptError:
+        if script is None:
+            raise
+        connection.send_command("EVAL", script.text, *command[2:])
+        return connection.read_response()
+
+
+@contextlib.contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Errors of redis-py inside become errors of our tree."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise translate(error, where) from error
+
+
+def translate(error: Exception, where: str) -> StoreError:
+    """The error of our tree for one of redis-py."""
+    text = str(error)
+    if any(prefix in text for prefix in FULL_PREFIXES):
+        return StoreFull(f"{StoreFull.__doc__} ({where}: {text})")
+    if isinstance(error, redis.AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM")):
+        return StoreError(
+            f"{where} refused us: {text}. Check user and password in MLQUEUE_URL, and that the user may run scripts "
+            "(+@scripting +@write +@read +@blocking +@connection on keys mlq:*)."
+        )
+    if isinstance(error, PASSING) or text.startswith(PASSING_PREFIXES):
+        return StoreUnavailable(
+            f"{where} cannot be reached: {text or type(error).__name__}. Is it running, and is MLQUEUE_URL right? "
+            "Unset MLQUEUE_URL and REDIS_URL to use the embedded server."
+        )
+    return StoreError(f"{where} refused a command: {text}")

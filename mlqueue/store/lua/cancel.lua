@@ -1,0 +1,19 @@
+#!lua flags=allow-oom
+-- ARGV: id. A waiting job ends cancelled; a running one gets the flag and its worker is told. Returns the state that
+-- the job was in, or false.
+local id = ARGV[1]
+local rec = load(id)
+if not rec then
+  return false
+end
+if rec.state == 'q' or rec.state == 'w' then
+  unshelve(rec.state, rec, id)
+  unshelve('i', rec, id)
+  call('ZREM', R .. ':sched', id)
+  cancelled(id, rec)
+elseif rec.state == 'r' and not rec.cancel then
+  call('HSET', jkey(id), 'c', NOW)
+  ring_own(rec.worker, 'c' .. id)
+  tell(id, rec, false)
+end
+return rec.state

@@ -1,0 +1,41 @@
+#!lua flags=no-writes
+-- Reads records. ARGV: what (any of b body, r result, e error, a attempts, p position), then ids.
+-- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued).
+local what = ARGV[1]
+local function wants(letter)
+  return string.find(what, letter, 1, true) ~= nil
+end
+
+local function position(rec)
+  if rec.state ~= 'q' then
+    return -1
+  end
+  local ahead, score = 0, rec.priority * PRIORITY + rec.number
+  local queue = ':' .. rec.queue .. ':'
+  for _, name in ipairs(call('SMEMBERS', R .. ':shelves')) do
+    local state = string.sub(name, 1, 1)
+    if (state == 'q' or state == 'i') and string.sub(name, 2, 1 + #queue) == queue then
+      ahead = ahead + call('ZCOUNT', R .. ':s:' .. name, '-inf', '(' .. string.format('%.0f', score))
+    end
+  end
+  return ahead
+end
+
+local answer = {}
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  local fields = call('HGETALL', jkey(id))
+  if #fields == 0 then
+    answer[#answer + 1] = false
+  else
+    answer[#answer + 1] = {
+      fields,
+      wants('b') and call('GET', R .. ':b:' .. id) or '',
+      wants('r') and call('HGETALL', R .. ':r:' .. id) or {},
+      wants('e') and call('GET', R .. ':e:' .. id) or '',
+      wants('a') and call('LRANGE', R .. ':at:' .. id, 0, -1) or {},
+      wants('p') and position(load(id)) or -1,
+    }
+  end
+end
+return answer

@@ -1,0 +1,38 @@
+#!lua flags=allow-oom
+-- Releases the jobs of workers whose lease has ended, promotes what is due, forgets what has expired.
+-- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
+-- gap in ms after which nobody is to blame.
+-- Returns 1 when this sweeper is the elected one, ms until it should come again at the latest, ids and outcomes (flat).
+local key = R .. ':sweep'
+local sweep = call('HMGET', key, 'owner', 'until', 'last')
+if sweep[1] and sweep[1] ~= ARGV[1] and tonumber(sweep[2]) > NOW then
+  return { 0, tonumber(sweep[2]) - NOW, {} }
+end
+call('HSET', key, 'owner', ARGV[1], 'until', NOW + tonumber(ARGV[2]), 'last', NOW)
+
+local lease = tonumber(ARGV[3])
+local outcomes = {}
+if sweep[3] and NOW - tonumber(sweep[3]) > tonumber(ARGV[7]) then
+  -- The server was down, or the machine slept: no worker could renew its lease. Give each a new one.
+  for _, worker in ipairs(call('ZRANGE', R .. ':workers', 0, -1)) do
+    call('ZADD', R .. ':workers', NOW + lease, worker)
+  end
+else
+  for _, worker in ipairs(call('ZRANGEBYSCORE', R .. ':workers', '-inf', NOW, 'LIMIT', 0, 50)) do
+    for _, item in ipairs(release_worker(worker, 'stall', ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6]))) do
+      outcomes[#outcomes + 1] = item
+    end
+  end
+end
+promote(1000)
+for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 500)) do
+  remove(id)
+end
+-- Names of shelves that are empty by now: a few each time.
+for _, name in ipairs(call('SRANDMEMBER', R .. ':shelves', 5)) do
+  if call('EXISTS', R .. ':s:' .. name) == 0 then
+    call('SREM', R .. ':shelves', name)
+  end
+end
+local first = call('ZRANGE', R .. ':workers', 0, 0, 'WITHSCORES')
+return { 1, first[2] and math.max(0, tonumber(first[2]) - NOW) or -1, outcomes }

@@ -1,0 +1,120 @@
+#!lua flags=allow-oom
+-- A worker's turn: settles what it has finished and fetches what it can start, in one call.
+-- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
+-- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.
+-- Returns now, ms until the next scheduled job (-1: none), refusals (flat: position, text), jobs, 1 when jobs were
+-- left behind, 1 when the worker's info is known.
+local worker, nonce, want, lease = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local only_alone, poke = tonumber(ARGV[5]) % 2 == 1, tonumber(ARGV[5]) >= 2
+local nlanes = tonumber(ARGV[6])
+local wkey, held = R .. ':w:' .. worker, R .. ':h:' .. worker
+
+local function hand_over(id)
+  local f = call('HMGET', jkey(id), 'q', 'a', 'k', 't', 'y', 'b', 'x', 'z', 'p', 'P', 'K', 'u', 'i')
+  return { id, f[1], f[2], tonumber(f[3]), tonumber(f[4]), tonumber(f[5] or 0),
+    f[6] or call('GET', R .. ':b:' .. id) or '', tonumber(f[7] or 0), tonumber(f[8] or 0), tonumber(f[9] or 0),
+    f[10] or '', tonumber(f[11] or 0), tonumber(f[12]), tonumber(f[13] or 0) }
+end
+
+call('ZADD', R .. ':workers', NOW + lease, worker)
+if poke then
+  ring_own(worker, 'p')
+end
+local state = call('HMGET', wkey, 'o', 'oj', 'os', 'info', 'iso')
+local known = state[4] and 1 or 0
+
+if state[1] == nonce then
+  -- The answer to this very turn was lost on its way: give it again.
+  local jobs = {}
+  for _, id in ipairs(cmsgpack.unpack(state[2])) do
+    local f = call('HMGET', jkey(id), 's', 'w')
+    if f[1] == 'r' and f[2] == worker then
+      jobs[#jobs + 1] = hand_over(id)
+    end
+  end
+  return { NOW, 0, cmsgpack.unpack(state[3]), jobs, 1, known }
+end
+
+local refused = settle(7 + 2 * nlanes, #ARGV)
+local next_due = promote(128)
+local jobs, ids, left = {}, {}, 0
+
+local function start(id)
+  local key = jkey(id)
+  local f = call('HMGET', key, 's', 'W')
+  if f[1] ~= 'q' then
+    return
+  end
+  call('SADD', held, id)
+  call('HINCRBY', key, 'k', 1)
+  call('HSET', key, 'w', worker, 'u', NOW, 's', 'r')
+  if f[2] then
+    tell(id, { watched = f[2] }, false)
+  end
+  ids[#ids + 1] = id
+  jobs[#jobs + 1] = hand_over(id)
+end
+
+local function heads(shelf)
+  local found = {}
+  for i = 1, nlanes do
+    local key = R .. ':s:' .. shelf .. ':' .. ARGV[5 + 2 * i] .. ':' .. ARGV[6 + 2 * i]
+    local head = call('ZRANGE', key, 0, 0, 'WITHSCORES')
+    if head[1] then
+      found[#found + 1] = { key = key, score = tonumber(head[2]), lane = i }
+    end
+  end
+  return found
+end
+
+-- Takes from the lanes in the order of (priority, number) over all of them.
+local function take(shelf, n)
+  local found = heads(shelf)
+  while #found > 0 and #ids < n do
+    local best, bound = 1, math.huge
+    for i = 2, #found do
+      if found[i].score < found[best].score then best = i end
+    end
+    for i = 1, #found do
+      if i ~= best and found[i].score < bound then bound = found[i].score end
+    end
+    local lane = found[best]
+    -- As many as come before the head of any other lane.
+    local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
+    for _, id in ipairs(run) do
+      start(id)
+    end
+    call('ZREM', lane.key, unpack(run))
+    local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
+    if head[1] then
+      lane.score = tonumber(head[2])
+    else
+      table.remove(found, best)
+    end
+  end
+  return found
+end
+
+local alone_in_hand = state[5] and call('SISMEMBER', held, state[5]) == 1
+if want > 0 and nlanes > 0 and not alone_in_hand then
+  if call('SCARD', held) == 0 then
+    take('i', 1)
+    if ids[1] then
+      call('HSET', wkey, 'iso', ids[1])
+    end
+  end
+  if not ids[1] and not only_alone then
+    for _, lane in ipairs(take('q', want)) do
+      -- Somebody else may have a free thread for what is left.
+      ring(ARGV[5 + 2 * lane.lane], ARGV[6 + 2 * lane.lane])
+      left = 1
+    end
+  end
+elseif nlanes > 0 and not only_alone then
+  for _, lane in ipairs(heads('q')) do
+    ring(ARGV[5 + 2 * lane.lane], ARGV[6 + 2 * lane.lane])
+    left = 1
+  end
+end
+call('HSET', wkey, 'o', nonce, 'oj', cmsgpack.pack(ids), 'os', cmsgpack.pack(refused))
+return { NOW, next_due, refused, jobs, left, known }

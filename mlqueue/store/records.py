@@ -1,0 +1,170 @@
+"""From what the scripts answer to the records of `mlqueue.job`, and from new jobs to what the scripts take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import quote as _quote
+from urllib.parse import unquote as _unquote
+
+import msgpack
+
+from .. import codec
+from ..errors import InvalidJob
+from ..job import Attempt, DeadReason, JobError, JobRecord, NewJob, State
+
+#: The letters that the scripts know the states by.
+LETTERS: Final = {
+    State.QUEUED: "q",
+    State.SCHEDULED: "w",
+    State.RUNNING: "r",
+    State.SUCCEEDED: "s",
+    State.DEAD: "d",
+    State.CANCELLED: "c",
+}
+STATES: Final = {letter.encode(): state for state, letter in LETTERS.items()}
+
+#: The lowest and the highest priority: with the job's number it must fit a sorted set's score.
+PRIORITIES: Final = range(-1000, 1001)
+
+
+def pack(value: object) -> bytes:
+    """MessagePack as the scripts read it: they know no type for binary, a string is its bytes."""
+    packed: bytes = msgpack.Packer(use_bin_type=False, buf_size=1024).pack(value)
+    return packed
+
+
+def quote(name: str) -> str:
+    """A name as a part of a key: percent-encoded outside ``[A-Za-z0-9._-]``."""
+    return name if name.isascii() and name.isidentifier() else _quote(name, safe="").replace("~", "%7E")
+
+
+def unquote(name: bytes) -> str:
+    text = name.decode()
+    return _unquote(text) if "%" in text else text
+
+
+def lane_of(actor: str, functions: Sequence[str]) -> str:
+    """The lane of a job, quoted: the jobs that the same workers can run."""
+    if not functions:
+        return quote(actor)
+    return f"{quote(actor)}|{','.join(quote(name) for name in functions)}"
+
+
+def milliseconds(value: float | None) -> int:
+    """Seconds as the scripts take them; -1 for None."""
+    return -1 if value is None else round(value * 1000)
+
+
+def pack_new(job: NewJob) -> bytes:
+    """A new job as ``create`` in common.lua takes it."""
+    return pack(new_item(job))
+
+
+def new_item(job: NewJob) -> list[object]:
+    if job.priority not in PRIORITIES:
+        raise InvalidJob(f"priority={job.priority!r}: a priority is an int from -1,000 to 1,000; lower runs first.")
+    actor = quote(job.actor)
+    return [
+        job.id,
+        quote(job.queue),
+        actor,
+        lane_of(job.actor, job.functions) if job.functions else actor,
+        job.priority,
+        milliseconds(job.delay),
+        milliseconds(job.eta),
+        job.body,
+        milliseconds(job.result_ttl),
+        job.parent or "",
+        [quote(tag) for tag in job.tags] or False,
+        job.max_crashes or False,
+        job.max_stalls or False,
+    ]
+
+
+def flat(answer: Sequence[Any]) -> dict[bytes, Any]:
+    """A dict of a flat list of keys and values."""
+    return dict(zip(answer[::2], answer[1::2], strict=True))
+
+
+def decode_error(data: bytes) -> JobError | None:
+    if not data:
+        return None
+    kind, message, trace = codec.decode(data)
+    return JobError(type=kind, message=message, traceback=trace)
+
+
+def encode_error(error: JobError) -> bytes:
+    return codec.encode([error.type, error.message, error.traceback])
+
+
+def decode_record(
+    job_id: str,
+    fields: Mapping[bytes, bytes],
+    *,
+    result: Mapping[bytes, bytes] | None = None,
+    error: bytes = b"",
+    attempts: Sequence[bytes] = (),
+    position: int = -1,
+) -> JobRecord:
+    """The record of a job from its hash and what lies beside it."""
+
+    def number(name: bytes) -> int:
+        return int(fields.get(name, 0))
+
+    def seconds(name: bytes) -> float | None:
+        return int(fields[name]) / 1000 if name in fields else None
+
+    short, content_type = _short_result(fields, result or {})
+    state = STATES[fields[b"s"]]
+    ttl = number(b"T")
+    return JobRecord(
+        id=job_id,
+        state=state,
+        queue=unquote(fields[b"q"]),
+        actor=unquote(fields[b"a"]),
+        created_at=number(b"t") / 1000,
+        priority=number(b"p"),
+        attempt=number(b"k"),
+        retries=number(b"y"),
+        crashes=number(b"x"),
+        stalls=number(b"z"),
+        due_at=seconds(b"d") if state is State.SCHEDULED else None,
+        started_at=seconds(b"u"),
+        finished_at=seconds(b"f"),
+        worker=fields[b"w"].decode() if b"w" in fields else None,
+        progress=codec.decode(fields[b"v"]) if b"v" in fields else None,
+        progress_note=fields[b"V"].decode() if fields.get(b"V") else None,
+        position=position if position >= 0 else None,
+        cancel_requested_at=seconds(b"c"),
+        dead_reason=DeadReason(fields[b"g"].decode()) if b"g" in fields else None,
+        error=decode_error(error),
+        parent=fields[b"P"].decode() if b"P" in fields else None,
+        tags=tuple(unquote(tag) for tag in msgpack.unpackb(fields[b"G"], raw=True)) if b"G" in fields else (),
+        result_ttl=None if ttl < 0 else ttl / 1000,
+        has_checkpoint=b"K" in fields,
+        short_result=short,
+        content_type=content_type,
+        attempts=tuple(_attempt(item) for item in attempts),
+    )
+
+
+def _short_result(fields: Mapping[bytes, bytes], result: Mapping[bytes, bytes]) -> tuple[Any, str | None]:
+    if b"r" in fields:
+        short, _, content_type = codec.decode(fields[b"r"])
+        return short, content_type
+    if result:
+        return codec.decode(result[b"s"]), result[b"c"].decode() or None
+    return None, None
+
+
+def _attempt(data: bytes) -> Attempt:
+    attempt, worker, started, ended, outcome, error = msgpack.unpackb(data, raw=True)
+    return Attempt(
+        attempt=attempt,
+        worker=worker.decode(),
+        started_at=started / 1000,
+        ended_at=ended / 1000,
+        outcome=outcome.decode(),
+        error=decode_error(error),
+    )

@@ -1,0 +1,616 @@
+"""The store: one method for each thing that can be done with the jobs of a namespace, one script call for each method.
+
+A `Store` may be used from any thread. Methods raise `StoreUnavailable` when the store cannot be reached within the
+settings' ``command_timeout``; what they send may be sent twice without harm, so they retry by themselves until then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from .. import codec
+from ..errors import (
+    EncodeError,
+    InvalidJob,
+    InvalidTransition,
+    JobNotFound,
+    MLQueueError,
+    ResultMissing,
+    StaleAttempt,
+    StoreError,
+)
+from ..job import JobError, JobRecord, NewJob, Result, State
+from ..settings import Settings
+from .connection import Connector
+from .records import (
+    LETTERS,
+    STATES,
+    decode_error,
+    decode_record,
+    encode_error,
+    flat,
+    lane_of,
+    milliseconds,
+    new_item,
+    pack,
+    pack_new,
+    quote,
+    unquote,
+)
+from .scripts import Script, script
+
+#: Results, checkpoints and the like of more bytes are cut into chunks of so many.
+CHUNK: Final = 4 * 2**20
+
+#: How long a chunk waits for the script that makes it part of a job, in seconds.
+CHUNK_TTL: Final = 3600
+
+#: Results of at most so many bytes stand in the record itself (a longer field would unpack the hash).
+INLINE: Final = 64
+
+#: How many jobs one call of `submit` carries at most.
+SUBMIT_BATCH: Final = 500
+
+#: A gap of so many seconds between two sweeps is nobody's fault: leases are renewed instead of ended.
+GAP: Final = 5.0
+
+
+class Held(NamedTuple):
+    """A job in the hands of a worker, as `Store.turn` gives it. Times are Unix milliseconds."""
+
+    id: str
+    queue: str
+    actor: str
+    attempt: int
+    created_ms: int
+    retries: int
+    body: bytes
+    crashes: int
+    stalls: int
+    priority: int
+    parent: str
+    has_checkpoint: bool
+    started_ms: int
+    #: Whether it is to run with no other job beside it, because processes died with it.
+    alone: bool
+
+
+class Turn(NamedTuple):
+    """What a worker's turn answered."""
+
+    #: The server's clock, Unix milliseconds.
+    now_ms: int
+    #: Milliseconds until the next scheduled job is due; -1 when there is none.
+    next_due_ms: int
+    #: Settles that were not accepted: position in the request, and ``stale`` or ``error ...``.
+    refused: list[tuple[int, str]]
+    jobs: list[Held]
+    #: Whether jobs that this worker could run were left for want of a free thread.
+    left: bool
+    #: Whether the store knows this worker's info; if not it was released, and says hello again.
+    known: bool
+
+
+class Settle:
+    """The end of an attempt, frozen into the bytes that the script takes. Made by the class methods, one a verb."""
+
+    __slots__ = ("attempt", "id", "packed", "verb")
+
+    def __init__(self, job_id: str, attempt: int, verb: str, packed: bytes) -> None:
+        self.id = job_id
+        self.attempt = attempt
+        self.verb = verb
+        self.packed = packed
+
+    @classmethod
+    def finish(cls, job_id: str, attempt: int, result: StoredResult, common: Common) -> Settle:
+        """It succeeded."""
+        tail = result.fields
+        return cls(job_id, attempt, "f", pack((job_id, attempt, "f", *common, *tail)))
+
+    @classmethod
+    def reschedule(
+        cls, job_id: str, attempt: int, delay: float, error: JobError, common: Common, *, counts: bool = True
+    ) -> Settle:
+        """It is to run again in `delay` seconds; `counts` as a retry."""
+        tail = (milliseconds(delay), encode_error(error), int(counts))
+        return cls(job_id, attempt, "r", pack((job_id, attempt, "r", *common, *tail)))
+
+    @classmethod
+    def bury(cls, job_id: str, attempt: int, reason: str, error: JobError, common: Common) -> Settle:
+        """It is dead."""
+        tail = (str(reason), encode_error(error))
+        return cls(job_id, attempt, "b", pack((job_id, attempt, "b", *common, *tail)))
+
+    @classmethod
+    def give_back(cls, job_id: str, attempt: int, common: Common) -> Settle:
+        """It goes back to its queue without a strike."""
+        return cls(job_id, attempt, "l", pack((job_id, attempt, "l", *common)))
+
+    @classmethod
+    def cancelled(cls, job_id: str, attempt: int, common: Common) -> Settle:
+        """It heeded its cancelling."""
+        return cls(job_id, attempt, "c", pack((job_id, attempt, "c", *common)))
+
+
+#: What every settle carries: progress value, progress note, jobs to create with it, group to complete with it.
+Common = tuple[object, object, object, object]
+
+
+def common_of(
+    progress: tuple[bytes, str] | None = None,
+    spawned: Sequence[NewJob] = (),
+    group: tuple[str, Sequence[NewJob]] | None = None,
+) -> Common:
+    """The `Common` of a settle."""
+    value, note = progress or (False, False)
+    group_item = [group[0], [new_item(job) for job in group[1]]] if group else False
+    return value, note, [new_item(job) for job in spawned] if spawned else False, group_item
+
+
+class StoredResult(NamedTuple):
+    """A result, encoded. `chunks` are written before the settle that names them."""
+
+    #: inline, short, content type, full, number of chunks, size: as the script's verb ``f`` takes them.
+    fields: tuple[object, ...]
+    chunks: tuple[bytes, ...] = ()
+
+
+def encode_result(result: Result, max_bytes: int = 512 * 2**20) -> StoredResult:
+    """A result as the store keeps it. Raises `EncodeError` with the path to what cannot be kept."""
+    short, full, content_type = result.short, result.full, result.content_type
+    inline = None
+    if not isinstance(full, bytes | bytearray | memoryview) or len(full) <= INLINE:
+        encoded = codec.encode(full, path="result", max_bytes=max_bytes)
+        if len(encoded) < INLINE:
+            inline = codec.encode([short, full, content_type], path="result")
+            if len(inline) <= INLINE:
+                return StoredResult((inline, False, False, False, 0, 0))
+    else:
+        if len(full) > max_bytes:
+            raise EncodeError(
+                f"result: {len(full):,} bytes; a result may have {max_bytes:,} (MLQUEUE_MAX_RESULT_BYTES). "
+                "Store it elsewhere and return where.",
+                path="result",
+            )
+        encoded = codec.encode(full, path="result", max_bytes=max_bytes + 16)
+    head = (False, codec.encode(short, path="result"), content_type or "")
+    if len(encoded) <= CHUNK:
+        return StoredResult((*head, encoded, 0, len(encoded)))
+    chunks = tuple(encoded[i : i + CHUNK] for i in range(0, len(encoded), CHUNK))
+    return StoredResult((*head, False, len(chunks), len(encoded)), chunks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a listing, newest first."""
+
+    jobs: list[JobRecord]
+    #: What to pass as ``cursor`` for the next page; None when this was the last.
+    cursor: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker's process, as it described itself when it started."""
+
+    id: str
+    #: Seconds until its lease ends unless it is renewed.
+    lease_left: float
+    #: host, pid, started_at, threads, queues, actors, supervisor.
+    info: dict[str, Any]
+    #: Ids of the jobs that it holds.
+    jobs: tuple[str, ...]
+
+
+class Store:
+    """The jobs of one namespace."""
+
+    def __init__(self, connector: Connector, namespace: str, settings: Settings) -> None:
+        if not isinstance(namespace, str) or not namespace or len(namespace) > 128:
+            raise InvalidJob(f"namespace {namespace!r}: the name of a queue is a str of 1 to 128 characters.")
+        self.connector = connector
+        self.namespace = namespace
+        self.settings = settings
+        #: What all keys begin with; the braces keep them in one hash slot.
+        self.root = f"mlq:{{{quote(namespace)}}}"
+        self._clock_offset = 0.0
+
+    # Submitting
+
+    def submit(self, jobs: Sequence[NewJob]) -> list[bool]:
+        """Creates jobs; for each whether it was new. An id that exists is left as it is, so this may be repeated."""
+        created: list[bool] = []
+        packed = [pack_new(job) for job in jobs]
+        for start in range(0, len(packed), SUBMIT_BATCH):
+            answer = self._run("enqueue", *packed[start : start + SUBMIT_BATCH])
+            for made in answer:
+                if isinstance(made, bytes):
+                    raise StoreError(f"the store would not take a job: {made.decode(errors='replace')}")
+                created.append(made == 1)
+        return created
+
+    # The worker's side
+
+    def start_worker(self, worker: str, info: dict[str, Any], actors: Mapping[str, str]) -> None:
+        """Makes a worker incarnation known, with the queue of each actor that it knows, and gives it a lease."""
+        names = [part for actor, queue in actors.items() for part in (actor, queue)]
+        self._run("start_worker", worker, milliseconds(self.settings.lease), codec.encode(info), *names)
+
+    def queue_of(self, actor: str) -> str | None:
+        """The queue of an actor that some worker has declared; None when none has."""
+        queue: bytes | None = self.connector.execute("HGET", f"{self.root}:actors", actor)
+        return None if queue is None else queue.decode()
+
+    def turn_command(
+        self,
+        worker: str,
+        nonce: str,
+        want: int,
+        lanes: Sequence[tuple[str, str]],
+        settles: Sequence[Settle],
+        *,
+        only_alone: bool = False,
+        poke: bool = False,
+    ) -> tuple[Any, ...]:
+        """The command for a worker's turn. `lanes` are pairs of queue and lane, quoted (`lane`);
+        `poke` puts a token on the worker's own bell."""
+        names = [part for lane in lanes for part in lane]
+        return (
+            *self.command("turn"),
+            worker,
+            nonce,
+            want,
+            milliseconds(self.settings.lease),
+            int(only_alone) + 2 * int(poke),
+            len(lanes),
+            *names,
+            *[settle.packed for settle in settles],
+        )
+
+    def read_turn(self, answer: list[Any]) -> Turn:
+        """What a turn answered."""
+        now, next_due, refused, jobs, left, known = answer
+        self._clock_offset = now / 1000 - time.time()
+        return Turn(now, next_due, _refusals(refused), [_held(job) for job in jobs], left == 1, known == 1)
+
+    def settle(self, settles: Sequence[Settle]) -> list[tuple[int, str]]:
+        """Settles jobs outside a turn; those that were refused: position, and ``stale`` or ``error ...``."""
+        return _refusals(self._run("settle", *[settle.packed for settle in settles]))
+
+    def lane(self, queue: str, actor: str, functions: Sequence[str] = ()) -> tuple[str, str]:
+        """A lane, quoted, as turns and bells take it."""
+        return quote(queue), lane_of(actor, functions)
+
+    def bell(self, lane: tuple[str, str]) -> str:
+        """The key of a lane's doorbell."""
+        return f"{self.root}:bell:{lane[0]}:{lane[1]}"
+
+    def own_bell(self, name: str) -> str:
+        """The key of a worker's or waiter's own bell."""
+        return f"{self.root}:wb:{name}"
+
+    def command(self, name: str) -> tuple[Any, ...]:
+        """The beginning of the command that runs a script, for one who sends it over a connection of his own."""
+        return "EVALSHA", script(name).sha, 1, self.root
+
+    def write_chunks(self, job_id: str, what: str, chunks: Sequence[bytes]) -> None:
+        """Writes the chunks of a blob ahead of the script that makes them part of a job; they go if none does."""
+        for number, chunk in enumerate(chunks):
+            self.connector.execute("SET", self._chunk_key(job_id, what, number), chunk, "EX", CHUNK_TTL)
+
+    def touch(self, items: Sequence[tuple[str, int, bytes, str]]) -> list[int]:
+        """Writes progress (id, attempt, encoded value, note): for each 0 stale, 1 written, 2 cancelling asked for."""
+        answer: list[int] = self._run("touch", *[part for item in items for part in item])
+        return answer
+
+    def save_checkpoint(self, job_id: str, attempt: int, data: bytes, generation: str) -> bool:
+        """Keeps `data` with the job until it succeeds; True when cancelling has been asked for."""
+        chunks: list[bytes] = []
+        if len(data) > CHUNK:
+            chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+            self.write_chunks(job_id, f"c{generation}", chunks)
+        value = b"" if chunks else data
+        answer = self._run("checkpoint", job_id, attempt, len(data), value, len(chunks), generation)
+        if answer == 0:
+            raise StaleAttempt(f"attempt {attempt} of job {job_id} no longer holds it; its checkpoint was not saved.")
+        return bool(answer == 2)
+
+    def load_checkpoint(self, job_id: str) -> bytes | None:
+        """The last checkpoint, or None."""
+        fields = flat(self.connector.execute("HGETALL", f"{self.root}:ck:{job_id}"))
+        if not fields:
+            return None
+        if b"n" not in fields:
+            return bytes(fields[b"v"])
+        return self._join_chunks(job_id, f"c{fields[b'g'].decode()}", int(fields[b"n"]), int(fields[b"z"]))
+
+    # Looking after workers
+
+    def beat(self, workers: Sequence[str]) -> int:
+        """Renews the leases of workers; how many jobs wait to be run alone."""
+        answer: int = self._run("beat", milliseconds(self.settings.lease), *workers)
+        return answer
+
+    def release(self, worker: str, reason: str, detail: str) -> dict[str, str]:
+        """Takes all jobs from a worker incarnation that is gone and forgets it: what became of each job.
+
+        `reason` is ``crash`` (its process died), ``stall`` (its machine or supervisor was lost) or ``drain`` (no
+        strike); `detail` is the error's text on the record, such as the signal.
+        """
+        error = encode_error(JobError(type="", message=detail))
+        answer = self._run("release", worker, reason, error, self.settings.max_crashes, self.settings.max_stalls)
+        return {job.decode(): outcome.decode() for job, outcome in flat(answer).items()}
+
+    def sweep(self, sweeper: str, elected_for: float) -> Sweep:
+        """One round of looking after expired leases, due and expired jobs, if `sweeper` is the elected one."""
+        answer = self._run(
+            "sweep",
+            sweeper,
+            milliseconds(elected_for),
+            milliseconds(self.settings.lease),
+            encode_error(JobError(type="", message=f"no heartbeat for {self.settings.lease:g} s: worker or host lost")),
+            self.settings.max_crashes,
+            self.settings.max_stalls,
+            milliseconds(GAP),
+        )
+        elected, wait, outcomes = answer
+        released = {job.decode(): outcome.decode() for job, outcome in flat(outcomes).items()}
+        return Sweep(elected == 1, wait / 1000 if wait >= 0 else None, released)
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers whose lease has not ended, or whose jobs have not been taken from them yet."""
+        return [
+            WorkerInfo(
+                id=name.decode(),
+                lease_left=left / 1000,
+                info=codec.decode(info) if info else {},
+                jobs=tuple(job.decode() for job in jobs),
+            )
+            for name, left, info, jobs in self._run("workers")
+        ]
+
+    # Steering
+
+    def cancel(self, job_id: str) -> State:
+        """Cancels a job that waits, flags one that runs; the state that it was in."""
+        answer = self._run("cancel", job_id)
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        return STATES[answer]
+
+    def retry(self, job_id: str) -> None:
+        """Puts a dead or cancelled job back into its queue, its counts at nought."""
+        answer = self._run("retry", job_id)
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        state = STATES[answer]
+        if state not in (State.DEAD, State.CANCELLED):
+            raise InvalidTransition(
+                f"job {job_id} is {state}; only a dead or cancelled job can be retried. "
+                + ("Submit it anew to run it again." if state.ended else "Wait for its end, or cancel it first.")
+            )
+
+    def remove(self, job_ids: Sequence[str]) -> int:
+        """Forgets jobs that are not running; how many it forgot."""
+        return sum(self._run("remove", *job_ids)) if job_ids else 0
+
+    def flush(self, queue: str | None = None) -> int:
+        """Forgets the jobs of a queue (None: of all) that wait; how many."""
+        total = 0
+        while True:
+            gone = self._run("flush", quote(queue) if queue else "", 1000)
+            total += gone
+            if gone < 1000:
+                return total
+
+    # Reading
+
+    def record(self, job_id: str, *, full: bool = True) -> JobRecord:
+        """The record of a job; `full` with its attempts."""
+        found = self.records([job_id], full=full)[0]
+        if found is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        return found
+
+    def records(self, job_ids: Sequence[str], *, full: bool = False) -> list[JobRecord | None]:
+        """The records of jobs; None for each that there is none of."""
+        if not job_ids:
+            return []
+        answer = self._run("read", "repa" if full else "rep", *job_ids)
+        return [
+            item
+            and decode_record(
+                job_id, flat(item[0]), result=flat(item[2]), error=item[3] or b"", attempts=item[4], position=item[5]
+            )
+            for job_id, item in zip(job_ids, answer, strict=True)
+        ]
+
+    def body(self, job_id: str) -> bytes:
+        """The arguments and options of a job, encoded."""
+        item = self._run("read", "b", job_id)[0]
+        if item is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        fields = flat(item[0])
+        body: bytes = fields.get(b"b") or item[1] or b""
+        return body
+
+    def outcome(self, job_id: str) -> Outcome:
+        """The state of a job and, when it has ended, what it ended with."""
+        item = self._run("read", "re", job_id)[0]
+        if item is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        fields, result = flat(item[0]), flat(item[2])
+        state = STATES[fields[b"s"]]
+        reason = fields[b"g"].decode() if b"g" in fields else ""
+        if state is State.SUCCEEDED:
+            return Outcome(state, self._result(job_id, fields, result), None, reason)
+        return Outcome(state, None, decode_error(item[3] or b"") if state.ended else None, reason)
+
+    def _result(self, job_id: str, fields: dict[bytes, bytes], stored: dict[bytes, bytes]) -> Result:
+        if b"r" in fields:
+            return Result(*codec.decode(fields[b"r"]))
+        if not stored:
+            raise ResultMissing(f"the result of job {job_id} has been removed. Its record is there still.")
+        if b"n" in stored:
+            what = f"r{stored[b'k'].decode()}"
+            encoded = self._join_chunks(job_id, what, int(stored[b"n"]), int(stored[b"z"]))
+        else:
+            encoded = stored[b"f"]
+        return Result(codec.decode(stored[b"s"]), codec.decode(encoded), stored[b"c"].decode() or None)
+
+    def list(
+        self,
+        *,
+        states: Sequence[State] = tuple(State),
+        queue: str | None = None,
+        actor: str | None = None,
+        tag: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        cursor: int | None = None,
+        limit: int = 50,
+    ) -> Page:
+        """A page of jobs, newest first; `since` and `until` bound the time of creation, in Unix seconds."""
+        below, records = self._run(
+            "list",
+            "".join(LETTERS[state] for state in states),
+            quote(queue) if queue else "",
+            quote(actor) if actor else "",
+            quote(tag) if tag else "",
+            milliseconds(since),
+            milliseconds(until),
+            -1 if cursor is None else cursor,
+            limit,
+        )
+        jobs = [decode_record(job_id.decode(), flat(fields)) for job_id, fields in records if fields]
+        return Page(jobs, None if below < 0 else below)
+
+    def scan(self, **filters: Any) -> Iterator[JobRecord]:
+        """All jobs that the filters of `list` let through, newest first."""
+        cursor: int | None = None
+        while True:
+            page = self.list(cursor=cursor, **filters)
+            yield from page.jobs
+            if page.cursor is None:
+                return
+            cursor = page.cursor
+
+    def counts(self) -> list[Count]:
+        """How many jobs there are, by state, queue and actor."""
+        totals: dict[tuple[State, str, str], int] = {}
+        for name, number in flat(self._run("count")).items():
+            letter, queue, lane = name.split(b":", 2)
+            state = STATES[letter.replace(b"i", b"q")]
+            key = (state, unquote(queue), unquote(lane.partition(b"|")[0]))
+            totals[key] = totals.get(key, 0) + number
+        return [Count(*key, number) for key, number in sorted(totals.items()) if number]
+
+    # Waiting
+
+    def watch(self, job_id: str, bell: str, *, every_change: bool = False) -> State:
+        """Registers a bell with a job unless it has ended; its state."""
+        answer = self._run("watch", job_id, "a" if every_change else "e", bell)
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        return STATES[answer]
+
+    # Groups, and what jobs keep for each other
+
+    def open_group(self, uuid: str, parties: int, ttl: float) -> bool:
+        """Expects `parties` children of a group; False when the group exists."""
+        key = f"{self.root}:g:{uuid}:n"
+        return bool(self.connector.execute("SET", key, parties, "NX", "PX", milliseconds(ttl)))
+
+    def put_data(self, key: str, value: bytes, expiry: float | None = None) -> None:
+        """Keeps bytes under a key of this namespace, for `expiry` seconds or for ever."""
+        options = () if expiry is None else ("PX", milliseconds(expiry))
+        self.connector.execute("SET", f"{self.root}:data:{quote(key)}", value, *options)
+
+    def get_data(self, key: str) -> bytes | None:
+        """The bytes kept under a key, or None."""
+        value: bytes | None = self.connector.execute("GET", f"{self.root}:data:{quote(key)}")
+        return value
+
+    def now(self) -> float:
+        """The server's clock in Unix seconds, as far as this process has seen it."""
+        return time.time() + self._clock_offset
+
+    def _run(self, name: str, *args: Any) -> Any:
+        source: Script = script(name)
+        return self.connector.run(source, self.root, *args)
+
+    def _chunk_key(self, job_id: str, what: str, number: int) -> str:
+        return f"{self.root}:x:{job_id}:{what}:{number}"
+
+    def _join_chunks(self, job_id: str, what: str, count: int, size: int) -> bytes:
+        joined = bytearray(size)
+        position = 0
+        for number in range(count):
+            chunk = self.connector.execute("GET", self._chunk_key(job_id, what, number))
+            if chunk is None:
+                raise ResultMissing(f"chunk {number} of job {job_id} is gone: it was removed while it was read.")
+            joined[position : position + len(chunk)] = chunk
+            position += len(chunk)
+        return bytes(joined)
+
+
+class Outcome(NamedTuple):
+    """How a job stands: its result when it has succeeded, its error when it is dead."""
+
+    state: State
+    result: Result | None
+    error: JobError | None
+    reason: str
+
+
+class Count(NamedTuple):
+    """How many jobs of an actor are in a state."""
+
+    state: State
+    queue: str
+    actor: str
+    number: int
+
+
+class Sweep(NamedTuple):
+    """What a sweep did."""
+
+    #: Whether this sweeper is the elected one; the others only wait.
+    elected: bool
+    #: Seconds until a lease ends unless it is renewed (elected), or until another may be elected; None: no worker.
+    wait: float | None
+    #: Jobs that were taken from lost workers, and what became of them.
+    released: dict[str, str]
+
+
+def _refusals(answer: list[Any]) -> list[tuple[int, str]]:
+    return [(answer[i], answer[i + 1].decode(errors="replace")) for i in range(0, len(answer), 2)]
+
+
+def _held(item: list[Any]) -> Held:
+    job_id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent, checkpoint, at, alone = (
+        item
+    )
+    return Held(
+        job_id.decode(),
+        unquote(queue),
+        unquote(actor),
+        attempt,
+        created,
+        retries,
+        body,
+        crashes,
+        stalls,
+        priority,
+        parent.decode(),
+        checkpoint == 1,
+        at,
+        alone == 1,
+    )
+
+
+__all__ = ["CHUNK", "Common", "Count", "Held", "MLQueueError", "Outcome", "Page", "Settle", "Store", "StoredResult"]

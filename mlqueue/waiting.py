@@ -1,0 +1,233 @@
+"""Waiting for jobs: one bell for each process and store, which every wait of the process shares.
+
+A waiter registers the bell with the job, in the script that also looks whether the job has ended; so the end cannot
+slip in between. Of the threads that wait, one (the leader) blocks on the bell and tells the others what it hears.
+Coroutines are served by a thread of their own, which waits like any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from .errors import StoreError
+from .job import State
+from .store import Store
+from .store.connection import translated
+
+#: How long the leader blocks at most before it looks around, in seconds.
+SLICE: Final = 5.0
+
+#: How long a waiter trusts that a bell will ring, before it registers and looks again, in seconds. A server that was
+#: killed may have lost the bell of the last second.
+LOOK_AGAIN: Final = 5.0
+
+
+class Subscription:
+    """What one waiter has heard of one job."""
+
+    def __init__(self, job_id: str, notify: Callable[[], None] | None = None) -> None:
+        self.job_id = job_id
+        #: How often the bell rang for the job.
+        self.rings = 0
+        self.notify = notify
+
+
+class Bell:
+    """Hears of the jobs that this process waits for."""
+
+    def __init__(self, store: Store) -> None:
+        # The store owns the bell (see `bell_of`), not the other way round.
+        self._store = weakref.proxy(store)
+        self.name = uuid.uuid4().hex
+        self._condition = threading.Condition()
+        self._subscriptions: dict[str, list[Subscription]] = {}
+        self._led = False
+        self._connection: Any = None
+        self._server: threading.Thread | None = None
+        self._asynchronous = 0
+
+    def subscribe(self, job_id: str, notify: Callable[[], None] | None = None) -> Subscription:
+        """Begins to listen for a job; `notify` is called in some thread at each ring."""
+        subscription = Subscription(job_id, notify)
+        with self._condition:
+            self._subscriptions.setdefault(job_id, []).append(subscription)
+            if notify is not None:
+                self._asynchronous += 1
+                self._ensure_server()
+                self._condition.notify_all()
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Ends it."""
+        with self._condition:
+            left = self._subscriptions[subscription.job_id]
+            left.remove(subscription)
+            if not left:
+                del self._subscriptions[subscription.job_id]
+            if subscription.notify is not None:
+                self._asynchronous -= 1
+
+    def wait(self, subscription: Subscription, rings: int, deadline: float) -> bool:
+        """Waits until the bell has rung more than `rings` times for the job, or `deadline` (monotonic)."""
+        while True:
+            with self._condition:
+                if subscription.rings > rings:
+                    return True
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False
+                if self._led:
+                    self._condition.wait(remaining)
+                    continue
+                self._led = True
+            try:
+                self._listen(remaining)
+            finally:
+                with self._condition:
+                    self._led = False
+                    self._condition.notify_all()
+
+    def _listen(self, remaining: float) -> None:
+        """Blocks on the bell until it rings once, and tells whom it concerns."""
+        try:
+            with translated(self._store.connector.where):
+                if self._connection is None:
+                    self._connection = self._store.connector.connection()
+                self._connection.send_command(
+                    "BLPOP", self._store.own_bell(self.name), max(0.001, min(remaining, SLICE))
+                )
+                answer = self._connection.read_response()
+        except StoreError:
+            # The caller looks again by itself before long; a call that cannot reach the store says so then.
+            self._drop()
+            time.sleep(min(remaining, 0.1))
+            return
+        except BaseException:
+            # Interrupted with an answer outstanding: the next one would read it as its own.
+            self._drop()
+            raise
+        if answer is not None:
+            self._tell(answer[1].decode())
+
+    def _tell(self, job_id: str) -> None:
+        with self._condition:
+            heard = list(self._subscriptions.get(job_id, ()))
+            for subscription in heard:
+                subscription.rings += 1
+            self._condition.notify_all()
+        for subscription in heard:
+            if subscription.notify is not None:
+                subscription.notify()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
+
+    def _ensure_server(self) -> None:
+        if self._server is None or not self._server.is_alive():
+            self._server = threading.Thread(target=self._serve, name="mlqueue-bell", daemon=True)
+            self._server.start()
+
+    def _serve(self) -> None:
+        """Leads, as long as coroutines wait."""
+        nothing = Subscription("")
+        while True:
+            with self._condition:
+                if not self._asynchronous and not self._condition.wait_for(lambda: self._asynchronous, timeout=10):
+                    self._server = None
+                    return
+            try:
+                self.wait(nothing, 0, time.monotonic() + SLICE)
+            except ReferenceError:
+                return  # the store is gone, and whoever waited with it
+
+
+_lock = threading.Lock()
+
+
+def bell_of(store: Store) -> Bell:
+    """The bell of a store in this process; a forked child gets its own."""
+    bell: Bell | None = store.__dict__.get("_bell")
+    if bell is None or store.__dict__["_bell_pid"] != os.getpid():
+        with _lock:
+            bell = store.__dict__.get("_bell")
+            if bell is None or store.__dict__["_bell_pid"] != os.getpid():
+                bell = Bell(store)
+                store.__dict__["_bell"] = bell
+                store.__dict__["_bell_pid"] = os.getpid()
+    return bell
+
+
+def wait_for(store: Store, job_id: str, timeout: float | None = None) -> bool:
+    """Waits until a job has ended; False when `timeout` seconds pass first. Raises `JobNotFound`."""
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    bell = bell_of(store)
+    subscription = bell.subscribe(job_id)
+    try:
+        while True:
+            rings = subscription.rings
+            if store.watch(job_id, bell.name).ended:
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            if bell.wait(subscription, rings, min(deadline, time.monotonic() + LOOK_AGAIN)):
+                # The bell of an end rings for nothing else; but a retry may have reopened the job meanwhile.
+                continue
+    finally:
+        bell.unsubscribe(subscription)
+
+
+async def wait_for_async(store: Store, job_id: str, timeout: float | None = None) -> bool:
+    """`wait_for` for coroutines: the event loop goes on."""
+    loop = asyncio.get_running_loop()
+    rung = asyncio.Event()
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+
+    def notify() -> None:
+        loop.call_soon_threadsafe(rung.set)
+
+    bell = bell_of(store)
+    subscription = bell.subscribe(job_id, notify)
+    try:
+        while True:
+            rung.clear()
+            state = await asyncio.to_thread(store.watch, job_id, bell.name)
+            if state.ended:
+                return True
+            remaining = min(deadline - time.monotonic(), LOOK_AGAIN)
+            if remaining <= 0:
+                return False
+            try:
+                await asyncio.wait_for(rung.wait(), remaining)
+            except TimeoutError:
+                continue
+    finally:
+        bell.unsubscribe(subscription)
+
+
+def changes(store: Store, job_id: str, timeout: float | None = None) -> Iterator[State]:
+    """Yields a job's state now and after each ring, until it has ended or `timeout` seconds have passed."""
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    bell = bell_of(store)
+    subscription = bell.subscribe(job_id)
+    try:
+        while True:
+            rings = subscription.rings
+            state = store.watch(job_id, bell.name, every_change=True)
+            yield state
+            if state.ended or time.monotonic() >= deadline:
+                return
+            bell.wait(subscription, rings, min(deadline, time.monotonic() + LOOK_AGAIN))
+    finally:
+        bell.unsubscribe(subscription)
+
+
+__all__ = ["Bell", "bell_of", "changes", "wait_for", "wait_for_async"]
