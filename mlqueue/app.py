@@ -241,6 +241,8 @@ class MLQ:
     @overload
     def actor(
         self,
+        fn: None = None,
+        /,
         *,
         actor_name: str | None = None,
         queue_name: str = "default",
@@ -315,7 +317,7 @@ class MLQ:
         """
         if not 1 <= limit <= 1000:
             raise InvalidJob(f"limit={limit!r}: a page has from 1 to 1,000 jobs.")
-        return self.store.list(
+        return self.store.page(
             states=_states(state),
             actor=actor,
             queue=queue,

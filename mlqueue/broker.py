@@ -122,7 +122,7 @@ class StoreBroker(Broker):
         An id that the store has already is left as it is. Called by a middleware after an actor call, the message
         is created together with that job's end; for the job in hand it asks for a retry.
         """
-        settling: Delivery | None = getattr(self._local, "settling", None)
+        settling: Any = getattr(self._local, "settling", None)
         self.emit_before("enqueue", message, delay)
         if settling is not None and message is settling:
             settling.retry_delay = (delay or 0) / 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -84,7 +84,7 @@ class CurrentJob:
     def track(self, items: Iterable[T], total: int | None = None, note: str | None = None) -> Iterator[T]:
         """Yields the items and reports percent done. `total` is taken from ``len(items)`` when it has one."""
         if total is None:
-            total = len(items) if hasattr(items, "__len__") else None
+            total = len(items) if isinstance(items, Sized) else None
         reported = 0.0
         for done, item in enumerate(items, 1):
             yield item

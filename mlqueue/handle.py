@@ -60,7 +60,7 @@ class Job(Generic[R_co]):
         return self._brief().position
 
     @property
-    def short_result(self) -> None | bool | int | float | str:
+    def short_result(self) -> bool | int | float | str | None:
         """The short result; None while there is none. Does not load the full one."""
         return self._brief().short_result
 

@@ -117,7 +117,7 @@ class Result:
     the short result is the same where it qualifies, else None.
     """
 
-    short: None | bool | int | float | str = None
+    short: bool | int | float | str | None = None
     full: Any = None
     content_type: str | None = None
 
@@ -219,7 +219,7 @@ class JobRecord:
     #: Seconds for which it is kept after its end; None for ever.
     result_ttl: float | None = None
     has_checkpoint: bool = False
-    short_result: None | bool | int | float | str = None
+    short_result: bool | int | float | str | None = None
     content_type: str | None = None
     #: Attempts that did not succeed, oldest first; at most 50.
     attempts: tuple[Attempt, ...] = ()

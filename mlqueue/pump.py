@@ -58,7 +58,7 @@ class Crew(Protocol):
 class Unsettled:
     """A settle that the store has not answered yet."""
 
-    __slots__ = ("committed", "settle", "sent_alone")
+    __slots__ = ("committed", "sent_alone", "settle")
 
     def __init__(self, settle: Settle, committed: threading.Event | None = None) -> None:
         self.settle = settle
@@ -391,8 +391,8 @@ class Pump:
                 self._ready.setdefault(held.queue, collections.deque()).append(delivery)
             if turn.jobs and len(self._ready) > 1:
                 self._condition.notify_all()
-        for held, error in bad:
-            self._bury_undecodable(held, error)
+        for held, why in bad:
+            self._bury_undecodable(held, why)
 
     def _bury_undecodable(self, held: Held, error: Exception) -> None:
         logger.error("job %s cannot be decoded and is dead: %s", held.id, error)

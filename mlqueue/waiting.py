@@ -8,6 +8,7 @@ Coroutines are served by a thread of their own, which waits like any other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -185,11 +186,10 @@ def wait_for(store: Store, job_id: str, timeout: float | None = None) -> bool:
         bell.unsubscribe(subscription)
 
 
-async def wait_for_async(store: Store, job_id: str, timeout: float | None = None) -> bool:
-    """`wait_for` for coroutines: the event loop goes on."""
+async def wait_for_async(store: Store, job_id: str) -> None:
+    """Waits until a job has ended while the event loop goes on; ``asyncio.timeout`` bounds it. Raises `JobNotFound`."""
     loop = asyncio.get_running_loop()
     rung = asyncio.Event()
-    deadline = float("inf") if timeout is None else time.monotonic() + timeout
 
     def notify() -> None:
         loop.call_soon_threadsafe(rung.set)
@@ -201,14 +201,9 @@ async def wait_for_async(store: Store, job_id: str, timeout: float | None = None
             rung.clear()
             state = await asyncio.to_thread(store.watch, job_id, bell.name)
             if state.ended:
-                return True
-            remaining = min(deadline - time.monotonic(), LOOK_AGAIN)
-            if remaining <= 0:
-                return False
-            try:
-                await asyncio.wait_for(rung.wait(), remaining)
-            except TimeoutError:
-                continue
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(rung.wait(), LOOK_AGAIN)
     finally:
         bell.unsubscribe(subscription)
 

@@ -396,7 +396,8 @@ class Store:
 
     def remove(self, job_ids: Sequence[str]) -> int:
         """Forgets jobs that are not running; how many it forgot."""
-        return sum(self._run("remove", *job_ids)) if job_ids else 0
+        answer: list[int] = self._run("remove", *job_ids) if job_ids else []
+        return sum(answer)
 
     def flush(self, queue: str | None = None) -> int:
         """Forgets the jobs of a queue (None: of all) that wait; how many."""
@@ -462,7 +463,7 @@ class Store:
             encoded = stored[b"f"]
         return Result(codec.decode(stored[b"s"]), codec.decode(encoded), stored[b"c"].decode() or None)
 
-    def list(
+    def page(
         self,
         *,
         states: Sequence[State] = tuple(State),
@@ -490,10 +491,10 @@ class Store:
         return Page(jobs, None if below < 0 else below)
 
     def scan(self, **filters: Any) -> Iterator[JobRecord]:
-        """All jobs that the filters of `list` let through, newest first."""
+        """All jobs that the filters of `page` let through, newest first."""
         cursor: int | None = None
         while True:
-            page = self.list(cursor=cursor, **filters)
+            page = self.page(cursor=cursor, **filters)
             yield from page.jobs
             if page.cursor is None:
                 return
