@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ from .broker import StoreBroker
 from .errors import InvalidJob, SettingsError
 from .handle import Job
 from .job import State, check_id, new_id, seconds, timestamp
+from .message import OPTION_CHECKS
 from .settings import Settings
 from .store import Connector, Page, Store
 
@@ -75,6 +77,7 @@ class Actor(dramatiq.Actor[P, R]):
     def submit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], **options: Any) -> list[Job[R]]:
         """Submits many jobs, some hundred in one call of the store. Each call is a tuple of positional or a dict of
         keyword arguments; `options` as for `with_options`, but ``job_id``."""
+        self._check_options(options)
         return BoundOptions(self, options).submit_many(calls)
 
     def with_options(
@@ -97,8 +100,20 @@ class Actor(dramatiq.Actor[P, R]):
           priority: Lower runs first; from -1,000 to 1,000. The actor's own when None.
           options: Any further option of Dramatiq's messages (``max_retries``, ``time_limit`` ...) or of ours.
         """
+        self._check_options(options)
         given = {"delay": delay, "eta": eta, "job_id": job_id, "tags": tuple(tags) or None, "priority": priority}
         return BoundOptions(self, {**{name: value for name, value in given.items() if value is not None}, **options})
+
+    def _check_options(self, names: Iterable[str]) -> None:
+        known = SUBMIT_OPTIONS | set(OPTION_CHECKS) | set(self.broker.actor_options)
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+                raise InvalidJob(
+                    f"{name} is no option of a job; {hint} An option that a middleware of yours reads belongs into its "
+                    "actor_options."
+                )
 
     def check_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raises `InvalidJob` when the function does not take these arguments."""

@@ -29,11 +29,13 @@ from .job import NewJob, Result
 from .message import LIFTED, from_job, to_job
 from .middleware import TimeLimit, default_middleware
 from .middleware.results import StoreBackend
+from .processes import born, place
 from .progress import ProgressWriter
 from .pump import Pump, WorkQueue
 from .settings import Settings
 from .store import Store
 from .store.store import encode_result
+from .waiting import close_bell
 
 logger = logging.getLogger("mlqueue.broker")
 
@@ -94,11 +96,11 @@ class StoreBroker(Broker):
         """Declares an actor; its function stores its result when a worker calls it."""
         self.emit_before("declare_actor", actor)
         self.declare_queue(actor.queue_name)
-        actor.fn = storing(actor.fn, self._keep_result)
+        actor.fn = storing(actor.fn, self._keep_result, self._disarm)
         self.actors[actor.actor_name] = actor
         self._lane_cache.clear()
         if self.pump is not None:
-            self.pump.wake()
+            self.pump.lanes_changed()
         self.emit_after("declare_actor", actor)
 
     def declare_queue(self, queue_name: str) -> None:
@@ -182,6 +184,7 @@ class StoreBroker(Broker):
     def close(self) -> None:
         """Ends the background threads of this broker and its connections."""
         self.progress.close()
+        close_bell(self.store)
         self.store.connector.close()
 
     # Hooks. Dramatiq calls each hook of each middleware by name; most do nothing, so only those that do are called.
@@ -249,14 +252,17 @@ class StoreBroker(Broker):
 
     def _keep_result(self, delivery: Delivery, result: Result) -> None:
         """Inside the actor call: encodes the result and writes its chunks, if it is large."""
-        for middleware in self.middleware:
-            if isinstance(middleware, TimeLimit):
-                middleware.disarm()
         stored = encode_result(result, self.settings.max_result_bytes)
         if stored.chunks:
             self.store.write_chunks(delivery.held.id, f"r{delivery.held.attempt}", stored.chunks)
             stored = stored._replace(chunks=())
         delivery.result = stored
+
+    def _disarm(self) -> None:
+        """In the thread of an actor call that has ended: no time limit may strike from here on."""
+        for middleware in self.middleware:
+            if isinstance(middleware, TimeLimit):
+                middleware.disarm()
 
     def settle(self, pump: Pump, delivery: Delivery) -> None:
         """Ends the attempt: the verdict is frozen here, before Dramatiq clears the exception."""
@@ -270,6 +276,14 @@ class StoreBroker(Broker):
         pump.settle(delivery, settle, wait=wait)
 
     # Workers
+
+    def supervise(self, worker_id: str, *, only_alone: bool = False) -> None:
+        """Has the next worker of this broker take an incarnation that its supervisor has chosen, and beats for.
+
+        `only_alone`: it takes only jobs that are to run alone.
+        """
+        self._worker_id = worker_id
+        self._only_alone = only_alone
 
     def _new_pump(self) -> Pump:
         pump = Pump(
@@ -301,6 +315,9 @@ class StoreBroker(Broker):
         info = {
             "host": platform.node(),
             "pid": os.getpid(),
+            # So that a supervisor that starts later sees whether this process is gone.
+            "place": place(),
+            "born": born(os.getpid()),
             "started_at": time.time(),
             "threads": self.worker.worker_threads if self.worker else 0,
             "queues": sorted(self.pump.live_queues()) if self.pump else [],

@@ -126,9 +126,12 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def storing(fn: Callable[..., Any], keep: Callable[[Delivery, Result], None]) -> Callable[..., Any]:
+def storing(
+    fn: Callable[..., Any], keep: Callable[[Delivery, Result], None], disarm: Callable[[], None]
+) -> Callable[..., Any]:
     """The actor's function, wrapped so that in a worker its result is encoded inside the call, where an error is the
-    job's error. Called anywhere else it is the bare function."""
+    job's error. Called anywhere else it is the bare function. `disarm` is called as soon as the function has ended: a
+    time limit that struck later would end the worker's thread."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +139,10 @@ def storing(fn: Callable[..., Any], keep: Callable[[Delivery, Result], None]) ->
         if delivery is None or delivery.entered:
             return fn(*args, **kwargs)
         delivery.entered = True
-        value = fn(*args, **kwargs)
+        try:
+            value = fn(*args, **kwargs)
+        finally:
+            disarm()
         if value is None and delivery.saw_stopping:
             raise HandBack
         result = Result.of(value)

@@ -102,12 +102,16 @@ class Pump:
         self._started = False
         #: Whether the worker is being drained: turns only settle.
         self.stopping = False
+        self._stopping_since = 0.0
         self._wake_read, self._wake_write = _pipe()
         self._asleep = False
+        #: Set before the leader is woken: it looks again before it sleeps.
+        self._look = False
         self._connection: Any = None
         self._bell: Any = None
         #: What the outstanding pop waits for: nothing, its own bell, or the lanes' bells too.
         self._armed = ""
+        self._armed_lanes: list[tuple[str, str]] = []
         self._tls = False
         self._full_since: float | None = None
         self._ended = False
@@ -127,7 +131,7 @@ class Pump:
         with self._condition:
             self._ready.setdefault(queue_name, collections.deque())
             self._active[queue_name] = self._active.get(queue_name, 0) + 1
-        self.wake()
+        self.lanes_changed()
 
     def close(self, queue_name: str) -> None:
         """A consumer of this queue has ended: what it has not handed on goes back."""
@@ -144,10 +148,10 @@ class Pump:
 
     def next(self, queue_name: str, timeout: float, prefetch: int) -> Delivery | None:
         """The next job of this queue; None after `timeout` seconds. Never raises for what the store does."""
-        # While the worker stops, its consumer threads look often whether they may end.
-        deadline = time.monotonic() + (min(timeout, STOPPING_SLICE) if self.stopping else timeout)
+        begun = time.monotonic()
         thread = threading.current_thread()
         while True:
+            deadline = self._deadline(begun, timeout)
             with self._condition:
                 if self._is_paused(thread):
                     self._sit_out(queue_name, thread)
@@ -162,11 +166,17 @@ class Pump:
                     continue
                 self._leader = threading.get_ident()
             try:
-                self._lead(queue_name, deadline, thread, prefetch)
+                self._lead(queue_name, begun, timeout, thread, prefetch)
             finally:
                 with self._condition:
                     self._leader = None
                     self._condition.notify_all()
+
+    def _deadline(self, begun: float, timeout: float) -> float:
+        # While the worker stops, its consumer threads look often whether they may end.
+        if self.stopping:
+            return min(begun + timeout, max(begun, self._stopping_since) + STOPPING_SLICE)
+        return begun + timeout
 
     def _is_paused(self, thread: threading.Thread) -> bool:
         return getattr(thread, "paused", False) and getattr(thread, "running", False)
@@ -180,6 +190,8 @@ class Pump:
             while self._is_paused(thread):
                 thread.paused_event.set()  # type: ignore[attr-defined]
                 if self._leader is None and not any(self._active.values()):
+                    # A pop that nobody reads would take the bell from workers that could run the job.
+                    self._hang_up()
                     self._condition.release()
                     try:
                         self.commit()
@@ -188,6 +200,7 @@ class Pump:
                 self._condition.wait(0.05)
         finally:
             self._active[queue_name] += 1
+            self._rung = True
 
     def live_queues(self) -> list[str]:
         """Queues whose consumer is there to take jobs."""
@@ -211,37 +224,40 @@ class Pump:
 
     def wake(self) -> None:
         """Makes the leader look again."""
+        self._look = True
         if self._asleep:
             try:
                 os.write(self._wake_write, b"\0")
             except BlockingIOError:
                 pass  # the pipe is full: it will look
 
+    def lanes_changed(self) -> None:
+        """There are other lanes to fetch from: an actor has been declared, or a queue's consumer has begun."""
+        self._rung = True
+        self.wake()
+
     def commit(self) -> None:
         """Sends what is unsettled outside a turn; returns when the store has it, or when a leader will send it."""
         while True:
             with self._condition:
-                batch = self._unsettled
-                if self._pending is not None:
-                    # They belong to a turn that was not answered; it is sent again when somebody leads, and finds
-                    # them settled.
-                    batch = [entry for entry in self._pending[1] if not entry.sent_alone] + batch
+                # They belong to a turn that was not answered; it is sent again when somebody leads, and finds them
+                # settled.
+                pending = self._in_doubt()
+                batch = pending + self._unsettled
                 if not batch:
                     return
                 self._unsettled = []
                 self._committing += 1
             try:
                 refused = self.store.settle([entry.settle for entry in batch])
-                if self._pending is not None:
-                    for entry in self._pending[1]:
-                        entry.sent_alone = True
+                for entry in pending:
+                    entry.sent_alone = True
                 self._answered(batch, refused)
                 return
             except StoreUnavailable as error:
                 logger.warning("%d finished jobs wait to be settled: %s", len(batch), error)
                 with self._condition:
-                    pending = self._pending[1] if self._pending is not None else []
-                    self._unsettled = [entry for entry in batch if entry not in pending] + self._unsettled
+                    self._unsettled = batch[len(pending) :] + self._unsettled
                     if any(self._active.values()) or self._ended:
                         return
             finally:
@@ -249,11 +265,16 @@ class Pump:
                     self._committing -= 1
                     self._condition.notify_all()
 
+    def _in_doubt(self) -> list[Unsettled]:
+        # A leader may be answered at any moment, so look once.
+        pending = self._pending
+        return [] if pending is None else [entry for entry in pending[1] if not entry.sent_alone]
+
     def wait_idle(self) -> None:
         """Returns when no job is in hand and everything that was done is committed."""
         while True:
             with self._condition:
-                if not (self.in_hand or self._unsettled or self._committing or self._pending is not None):
+                if not (self.in_hand or self._unsettled or self._committing or self._in_doubt()):
                     return
                 led = any(self._active.values())
                 if led:
@@ -276,7 +297,11 @@ class Pump:
 
     def stop_fetching(self) -> None:
         """From now on turns only settle."""
-        self.stopping = True
+        with self._condition:
+            self._stopping_since = time.monotonic()
+            self.stopping = True
+            self._rung = True  # the pop that waits for new jobs is to end
+            self._condition.notify_all()
         self.wake()
 
     def end(self) -> None:
@@ -288,22 +313,22 @@ class Pump:
                 self.store.release(self.worker, "drain", "the worker was stopped")
             except StoreError as error:
                 logger.warning("worker %s could not be released; its lease will end by itself: %s", self.worker, error)
-        for connection in (self._connection, self._bell):
-            if connection is not None:
-                connection.disconnect()
-        self._connection = self._bell = None
+        self._hang_up()
+        if self._connection is not None:
+            self._connection.disconnect()
+        self._connection = None
         os.close(self._wake_read)
         os.close(self._wake_write)
         self._wake_write = self._wake_read = -1
 
     # Leading
 
-    def _lead(self, queue_name: str, deadline: float, thread: threading.Thread, prefetch: int) -> None:
+    def _lead(self, queue_name: str, begun: float, timeout: float, thread: threading.Thread, prefetch: int) -> None:
         while not self._ready.get(queue_name):
+            self._look = False
+            deadline = self._deadline(begun, timeout)
             if time.monotonic() >= deadline or self._is_paused(thread) or queue_name not in self._active:
                 return
-            if self.stopping:
-                deadline = min(deadline, time.monotonic() + STOPPING_SLICE)
             if self._must_turn():
                 try:
                     self._turn(prefetch)
@@ -344,21 +369,22 @@ class Pump:
             with self._condition:
                 batch, self._unsettled = self._unsettled, []
                 want = self._free(prefetch)
+                self._rung = False
+                lanes = self._lanes(self.live_queues())
             command = self.store.turn_command(
                 self.worker,
                 uuid.uuid4().hex,
                 want,
-                self._lanes(self.live_queues()),
+                lanes,
                 [entry.settle for entry in batch],
                 only_alone=self.only_alone,
-                # The pop that is outstanding hears of no new jobs; a token on the own bell ends it.
-                poke=self._armed == "own" and want > 0,
+                # A pop that waits for other bells than it should is ended by a token on the own bell.
+                poke=self._waits_for_others(lanes, want),
             )
             self._pending = (command, batch)
         else:
             want = self._pending[0][6]
         # Sent again, unchanged, until it is answered: the nonce in it makes the store repeat its answer.
-        self._rung = False
         with translated(self.store.connector.where):
             answer = send(self._connection, self._pending[0], script("turn"))
         turn = self.store.read_turn(answer)
@@ -366,6 +392,11 @@ class Pump:
         self._pending = None
         self._took(turn, want)
         self._answered(batch, turn.refused)
+
+    def _waits_for_others(self, lanes: list[tuple[str, str]], want: int) -> bool:
+        if self._armed == "own":
+            return want > 0
+        return self._armed == "lanes" and (self.stopping or lanes is not self._armed_lanes)
 
     def _took(self, turn: Turn, want: int) -> None:
         now = time.monotonic()
@@ -446,11 +477,10 @@ class Pump:
             logger.critical("unexpected error in a worker's turn; trying again: %s", error, exc_info=error)
         elif self._pause == FIRST_PAUSE:
             logger.warning("the store does not answer; trying again until it does: %s", error)
-        for connection in (self._connection, self._bell):
-            if connection is not None:
-                connection.disconnect()
-        self._connection = self._bell = None
-        self._armed = ""
+        self._hang_up()
+        if self._connection is not None:
+            self._connection.disconnect()
+        self._connection = None
         self._rung = True
         self._turn_at = 0.0
         time.sleep(max(0.0, min(self._pause, deadline - time.monotonic())))
@@ -477,8 +507,8 @@ class Pump:
                 sources.append(self._bell._sock)
             self._asleep = True
             try:
-                # A settle that was handed over before `_asleep` was set has written no byte.
-                if self._unsettled:
+                # What happened before `_asleep` was set has written no byte.
+                if self._unsettled or self._look:
                     return
                 readable, _, _ = select.select(sources, [], [], max(0.0, until - time.monotonic()))
             finally:
@@ -514,7 +544,14 @@ class Pump:
         keys = [self.store.own_bell(self.worker), *map(self.store.bell, lanes)]
         self._bell.send_command("BLPOP", *keys, SLICE)
         self._armed = "lanes" if lanes else "own"
+        self._armed_lanes = lanes
         return float("inf")
+
+    def _hang_up(self) -> None:
+        bell, self._bell = self._bell, None
+        self._armed = ""
+        if bell is not None:
+            bell.disconnect()
 
     def _hear(self) -> None:
         """Reads the answer to the outstanding pop."""
@@ -565,6 +602,8 @@ class WorkQueue:
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         item = self._items.get(block, min(timeout or 0.05, 0.05) if self._stopping else timeout)
+        while item is None and not block:
+            item = self._items.get(block)
         if item is None:
             raise queue.Empty
         return item

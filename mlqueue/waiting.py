@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import threading
 import time
 import uuid
@@ -53,6 +54,7 @@ class Bell:
         self._connection: Any = None
         self._server: threading.Thread | None = None
         self._asynchronous = 0
+        self._closing = False
 
     def subscribe(self, job_id: str, notify: Callable[[], None] | None = None) -> Subscription:
         """Begins to listen for a job; `notify` is called in some thread at each ring."""
@@ -106,6 +108,8 @@ class Bell:
                 )
                 answer = self._connection.read_response()
         except StoreError:
+            if self._closing:
+                return
             # The caller looks again by itself before long; a call that cannot reach the store says so then.
             self._drop()
             time.sleep(min(remaining, 0.1))
@@ -127,6 +131,22 @@ class Bell:
             if subscription.notify is not None:
                 subscription.notify()
 
+    def close(self) -> None:
+        """Ends the wait that is under way, and lets the connection go. The bell can be used again."""
+        with self._condition:
+            self._closing = True
+            connection = self._connection
+            self._condition.notify_all()
+            if self._led:
+                if connection is not None:
+                    _shut(connection)
+                self._condition.wait_for(lambda: not self._led, timeout=1)
+            self._drop()
+            self._closing = False
+        server = self._server
+        if server is not None and not self._asynchronous:
+            server.join(1)
+
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -142,13 +162,22 @@ class Bell:
         nothing = Subscription("")
         while True:
             with self._condition:
-                if not self._asynchronous and not self._condition.wait_for(lambda: self._asynchronous, timeout=10):
+                self._condition.wait_for(lambda: self._asynchronous or self._closing, timeout=10)
+                if not self._asynchronous:
                     self._server = None
                     return
             try:
                 self.wait(nothing, 0, time.monotonic() + SLICE)
             except ReferenceError:
                 return  # the store is gone, and whoever waited with it
+
+
+def _shut(connection: Any) -> None:
+    """Ends a read that another thread is in."""
+    sock = connection._sock
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 _lock = threading.Lock()
@@ -165,6 +194,13 @@ def bell_of(store: Store) -> Bell:
                 store.__dict__["_bell"] = bell
                 store.__dict__["_bell_pid"] = os.getpid()
     return bell
+
+
+def close_bell(store: Store) -> None:
+    """Lets the connection of a store's bell go; the next wait takes another."""
+    bell: Bell | None = store.__dict__.get("_bell")
+    if bell is not None and store.__dict__["_bell_pid"] == os.getpid():
+        bell.close()
 
 
 def wait_for(store: Store, job_id: str, timeout: float | None = None) -> bool:
@@ -192,7 +228,8 @@ async def wait_for_async(store: Store, job_id: str) -> None:
     rung = asyncio.Event()
 
     def notify() -> None:
-        loop.call_soon_threadsafe(rung.set)
+        with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
+            loop.call_soon_threadsafe(rung.set)
 
     bell = bell_of(store)
     subscription = bell.subscribe(job_id, notify)
@@ -225,4 +262,4 @@ def changes(store: Store, job_id: str, timeout: float | None = None) -> Iterator
         bell.unsubscribe(subscription)
 
 
-__all__ = ["Bell", "bell_of", "changes", "wait_for", "wait_for_async"]
+__all__ = ["Bell", "bell_of", "changes", "close_bell", "wait_for", "wait_for_async"]

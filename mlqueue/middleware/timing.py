@@ -20,6 +20,9 @@ from ..store import Store
 #: How often running jobs are compared with their limits, in milliseconds.
 INTERVAL_MS: Final = 100
 
+#: How long the thread that compares them stays when there are none, in seconds.
+LINGER: Final = 10
+
 
 class AgeLimit(dramatiq.middleware.AgeLimit):
     """Dramatiq's ``max_age`` (ms), by the store's clock at both ends: nobody else's counts."""
@@ -106,8 +109,7 @@ class Deadlines:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
 
     def _run(self) -> None:
-        while True:
-            self._work.wait()
+        while self._work.wait(LINGER) or not self._ended():
             threading.Event().wait(self.interval)
             now = time.monotonic()
             with self._lock:
@@ -118,3 +120,10 @@ class Deadlines:
                         raise_thread_exception(thread, TimeLimitExceeded)
                 if not self._deadlines:
                     self._work.clear()
+
+    def _ended(self) -> bool:
+        with self._lock:
+            if self._deadlines:
+                return False
+            self._thread = None
+            return True

@@ -1,4 +1,5 @@
 #!lua flags=allow-oom
+-- parts: moves ends
 -- ARGV: id. A waiting job ends cancelled; a running one gets the flag and its worker is told. Returns the state that
 -- the job was in, or false.
 local id = ARGV[1]
@@ -11,6 +12,7 @@ if rec.state == 'q' or rec.state == 'w' then
   unshelve('i', rec, id)
   call('ZREM', R .. ':sched', id)
   cancelled(id, rec)
+  write_ends()
 elseif rec.state == 'r' and not rec.cancel then
   call('HSET', jkey(id), 'c', NOW)
   ring_own(rec.worker, 'c' .. id)

@@ -1,4 +1,5 @@
 #!lua flags=no-writes
+-- parts: moves
 -- Reads records. ARGV: what (any of b body, r result, e error, a attempts, p position), then ids.
 -- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued).
 local what = ARGV[1]

@@ -1,4 +1,5 @@
 #!lua flags=allow-oom
+-- parts: moves create ends history progress settle
 -- A worker's turn: settles what it has finished and fetches what it can start, in one call.
 -- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
 -- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.
@@ -9,11 +10,16 @@ local only_alone, poke = tonumber(ARGV[5]) % 2 == 1, tonumber(ARGV[5]) >= 2
 local nlanes = tonumber(ARGV[6])
 local wkey, held = R .. ':w:' .. worker, R .. ':h:' .. worker
 
-local function hand_over(id)
-  local f = call('HMGET', jkey(id), 'q', 'a', 'k', 't', 'y', 'b', 'x', 'z', 'p', 'P', 'K', 'u', 'i')
-  return { id, f[1], f[2], tonumber(f[3]), tonumber(f[4]), tonumber(f[5] or 0),
-    f[6] or call('GET', R .. ':b:' .. id) or '', tonumber(f[7] or 0), tonumber(f[8] or 0), tonumber(f[9] or 0),
-    f[10] or '', tonumber(f[11] or 0), tonumber(f[12]), tonumber(f[13] or 0) }
+local function read(id)
+  return call('HMGET', jkey(id), 's', 'w', 'k', 'q', 'a', 't', 'b', 'W', 'y', 'x', 'z', 'p', 'P', 'K', 'u', 'i')
+end
+
+-- What the worker gets of a job: id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent,
+-- whether there is a checkpoint, started, whether it is to run alone.
+local function hand_over(id, f, attempt, started)
+  return { id, f[4], f[5], attempt, tonumber(f[6]), tonumber(f[9] or 0), f[7] or call('GET', R .. ':b:' .. id) or '',
+    tonumber(f[10] or 0), tonumber(f[11] or 0), tonumber(f[12] or 0), f[13] or '', tonumber(f[14] or 0), started,
+    tonumber(f[16] or 0) }
 end
 
 call('ZADD', R .. ':workers', NOW + lease, worker)
@@ -27,9 +33,9 @@ if state[1] == nonce then
   -- The answer to this very turn was lost on its way: give it again.
   local jobs = {}
   for _, id in ipairs(cmsgpack.unpack(state[2])) do
-    local f = call('HMGET', jkey(id), 's', 'w')
+    local f = read(id)
     if f[1] == 'r' and f[2] == worker then
-      jobs[#jobs + 1] = hand_over(id)
+      jobs[#jobs + 1] = hand_over(id, f, tonumber(f[3]), tonumber(f[15]))
     end
   end
   return { NOW, 0, cmsgpack.unpack(state[3]), jobs, 1, known }
@@ -40,19 +46,17 @@ local next_due = promote(128)
 local jobs, ids, left = {}, {}, 0
 
 local function start(id)
-  local key = jkey(id)
-  local f = call('HMGET', key, 's', 'W')
+  local f = read(id)
   if f[1] ~= 'q' then
     return
   end
-  call('SADD', held, id)
-  call('HINCRBY', key, 'k', 1)
-  call('HSET', key, 'w', worker, 'u', NOW, 's', 'r')
-  if f[2] then
-    tell(id, { watched = f[2] }, false)
+  local attempt = tonumber(f[3] or 0) + 1
+  call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
+  if f[8] then
+    tell(id, { watched = f[8] }, false)
   end
   ids[#ids + 1] = id
-  jobs[#jobs + 1] = hand_over(id)
+  jobs[#jobs + 1] = hand_over(id, f, attempt, NOW)
 end
 
 local function heads(shelf)
@@ -81,8 +85,12 @@ local function take(shelf, n)
     local lane = found[best]
     -- As many as come before the head of any other lane.
     local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
+    local before = #ids
     for _, id in ipairs(run) do
       start(id)
+    end
+    if #ids > before then
+      call('SADD', held, unpack(ids, before + 1))
     end
     call('ZREM', lane.key, unpack(run))
     local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')

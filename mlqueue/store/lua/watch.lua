@@ -1,11 +1,12 @@
 #!lua
+-- parts: moves
 -- Registers a bell with a job that has not ended. ARGV: id, "e" or "a", bell.
 -- Returns the state, or false when there is no such job.
 local rec = load(ARGV[1])
 if not rec then
   return false
 end
-if not ENDED[rec.state] then
+if rec.state == 'q' or rec.state == 'w' or rec.state == 'r' then
   local key = R .. ':wt:' .. ARGV[1]
   call('SADD', key, ARGV[2] .. ARGV[3])
   call('PEXPIRE', key, 86400000)

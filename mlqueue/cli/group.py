@@ -1,0 +1,225 @@
+"""`main`: the group of the commands, and what an error of any of them turns into."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import click
+
+from ..errors import JobFailed, MLQueueError, StoreUnavailable
+from .call import COMMON_OPTIONS, Call, common_options
+from .text import one_line
+
+#: The exit code after Ctrl-C: that of a process which ended by SIGINT.
+INTERRUPTED: Final = 130
+#: The exit code for a wrong command line.
+USAGE: Final = 2
+
+
+class Entry(NamedTuple):
+    """A command: the module here that has it, and its line in ``mlqueue --help``."""
+
+    module: str
+    help: str
+
+
+#: The commands. The functions have the names given here; modules are imported when their command is called.
+COMMANDS: Final[dict[str, Entry]] = {
+    "submit": Entry("submit", "Submit a job by the name of its actor."),
+    "jobs": Entry("look", "List jobs, newest first."),
+    "show": Entry("look", "Show all that is known of a job."),
+    "watch": Entry("watch", "Watch jobs until they end."),
+    "result": Entry("result", "Wait for a job and print its result."),
+    "stats": Entry("look", "Count jobs, and list the workers."),
+    "cancel": Entry("steer", "Cancel jobs."),
+    "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
+    "worker": Entry("worker", "Run worker processes."),
+    "server": Entry("server", "Run the embedded server of this folder."),
+    "settings": Entry("settings", "Show all settings and where each is from."),
+}
+
+
+class Group(click.Group):
+    """The group, which imports a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name, or None."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(f".{entry.module}", __package__), cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with a hint."""
+        if args[0] not in COMMANDS:
+            close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
+            ctx.fail(f"no command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands for the help, from the table: nothing is imported for it."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from .. import __version__  # the package's, which has been imported by now in any case
+
+        click.echo(json.dumps({"version": __version__}) if ctx.find_object(Call).json else f"mlqueue {__version__}")  # type: ignore[union-attr]
+        ctx.exit()
+
+
+@click.group(
+    cls=Group,
+    name="mlqueue",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 well, 1 the job failed, 2 usage, 3 not found, 4 store unreachable, 5 timeout, "
+    "130 interrupted. The three options above may also stand behind the command.",
+)
+@common_options
+@click.option("--version", is_flag=True, expose_value=False, callback=_version, help="Show the version and exit.")
+@click.pass_context
+def cli(ctx: click.Context) -> int | None:
+    """Submit machine-learning jobs, run them, look after them.
+
+    Without a URL the store is the embedded server of this folder (.mlqueue here or above), which `submit`, `worker`
+    and `server` start.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        return USAGE
+    return None
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command with these arguments (those of the process when None) and returns its exit code."""
+    words = list(sys.argv[1:] if args is None else args)
+    call = Call(json=_wants_json(words))
+    _never_fail_to_encode()
+    try:
+        with _logging_to_stderr(call):
+            try:
+                return _run(words, call)
+            finally:
+                call.close()
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        return 0
+
+
+def _run(words: list[str], call: Call) -> int:
+    try:
+        with cli.make_context("mlqueue", words, obj=call) as ctx:
+            code = cli.invoke(ctx)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        call.talk("interrupted.")
+        return INTERRUPTED
+    except click.ClickException as error:
+        _report(call, type(error).__name__, _usage_text(error), USAGE)
+        return USAGE
+    except BrokenPipeError:
+        raise
+    except ConnectionError as error:
+        # redis-py raises the system's own in a few places; ours of that kind is a StoreUnavailable already.
+        ours = error if isinstance(error, MLQueueError) else StoreUnavailable(f"the store cannot be reached: {error}.")
+        return _report_error(call, ours)
+    except MLQueueError as error:
+        return _report_error(call, error)
+
+
+def _report_error(call: Call, error: MLQueueError) -> int:
+    message, details = error.message, {}
+    if isinstance(error, JobFailed):
+        details = {
+            "job_id": error.job_id,
+            "reason": error.reason,
+            "error_type": error.error_type,
+            "remote_traceback": error.remote_traceback,
+        }
+        if error.remote_traceback:
+            message = f"{one_line(message)} `mlqueue show {error.job_id}` has the traceback."
+    _report(call, type(error).__name__, message, error.exit_code, details)
+    return error.exit_code
+
+
+def _report(call: Call, kind: str, message: str, code: int, details: dict[str, Any] | None = None) -> None:
+    if call.json:
+        error = {"type": kind, "message": message, "exit_code": code, **(details or {})}
+        click.echo(json.dumps({"error": error}), err=True)
+    else:
+        click.echo(f"mlqueue: {one_line(message)}", err=True)
+
+
+def _usage_text(error: click.ClickException) -> str:
+    ctx = getattr(error, "ctx", None)
+    message = error.format_message().rstrip(".")
+    return f"{message}. Try `{ctx.command_path} --help`." if ctx is not None else f"{message}."
+
+
+def _wants_json(words: Sequence[str]) -> bool:
+    """Whether ``--json`` was given, known before the rest is parsed: an error in that is JSON too."""
+    options = words[: words.index("--")] if "--" in words else words
+    return "--json" in options
+
+
+@contextlib.contextmanager
+def _logging_to_stderr(call: Call) -> Iterator[None]:
+    """What the library logs while a command runs is talk: "started an embedded server ..."."""
+    logger = logging.getLogger("mlqueue")
+    handler = _Talk(call)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Talk(logging.Handler):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._call.talk(record.getMessage())
+
+
+def _never_fail_to_encode() -> None:
+    """A terminal whose encoding lacks a character gets its escape, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _forget_stdout() -> None:
+    """The reader has gone (``| head``): what is still buffered must not fail once more when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+__all__ = ["COMMANDS", "COMMON_OPTIONS", "cli", "main"]

@@ -1,0 +1,52 @@
+-- Creating jobs.
+
+-- A body of more bytes has a key of its own.
+local INLINE = 64
+
+-- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
+-- most stalls. Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
+local function create(item)
+  local id, queue, actor, lane, priority = item[1], item[2], item[3], item[4], item[5]
+  local delay, due, body, ttl, tags = item[6], item[7], item[8], item[9], item[11]
+  assert(type(id) == 'string' and type(queue) == 'string' and type(actor) == 'string' and type(lane) == 'string'
+    and type(priority) == 'number' and type(delay) == 'number' and type(due) == 'number' and type(body) == 'string'
+    and type(ttl) == 'number', 'malformed job')
+  local key = jkey(id)
+  if call('EXISTS', key) == 1 then
+    return 0
+  end
+  local rec = {
+    state = '-', queue = queue, actor = actor, lane = lane, priority = priority, number = call('INCR', R .. ':seq'),
+    crashes = 0,
+  }
+  local fields = { 'q', queue, 'a', actor, 'n', rec.number, 't', NOW, 'T', ttl }
+  local function also(name, value)
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+  end
+  if lane ~= actor then also('l', lane) end
+  if priority ~= 0 then also('p', priority) end
+  if item[10] and item[10] ~= '' then also('P', item[10]) end
+  if item[12] then also('X', item[12]) end
+  if item[13] then also('Z', item[13]) end
+  if #body <= INLINE then
+    also('b', body)
+  else
+    call('SET', R .. ':b:' .. id, body)
+  end
+  if tags and #tags > 0 then
+    also('G', cmsgpack.pack(tags))
+    for _, tag in ipairs(tags) do
+      call('ZADD', R .. ':tag:' .. tag, rec.number, id)
+    end
+  end
+  if delay >= 0 then
+    due = NOW + delay
+  end
+  if due > NOW then
+    schedule(id, rec, due, fields)
+  else
+    requeue(id, rec, fields)
+  end
+  return 1
+end

@@ -1,0 +1,6 @@
+local function write_progress(id, rec, value, note)
+  if value then
+    call('HSET', jkey(id), 'v', value, 'V', note or '')
+    tell(id, rec, false)
+  end
+end

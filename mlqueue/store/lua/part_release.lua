@@ -1,0 +1,63 @@
+-- Taking jobs from workers that are gone.
+
+-- Takes a running job from a worker that is gone. reason: crash, stall or drain. Returns what became of the job.
+local function release_one(id, worker, reason, alone, err, max_crashes, max_stalls)
+  local rec = load(id)
+  if not rec or rec.state ~= 'r' or rec.worker ~= worker then
+    call('SREM', R .. ':h:' .. worker, id)
+    return 'gone'
+  end
+  if rec.cancel then
+    cancelled(id, rec)
+    return 'cancelled'
+  end
+  local fields = {}
+  local dead = nil
+  local own = call('HMGET', jkey(id), 'z', 'X', 'Z')
+  if reason == 'crash' then
+    rec.crashes = rec.crashes + 1
+    fields = { 'x', rec.crashes }
+    -- Only a crash suffered alone proves that it was this job.
+    if alone and rec.crashes >= tonumber(own[2] or max_crashes) then
+      dead = 'crashed'
+    end
+  elseif reason == 'stall' then
+    local stalls = tonumber(own[1] or 0) + 1
+    fields = { 'z', stalls }
+    if stalls >= tonumber(own[3] or max_stalls) then
+      dead = 'stalled'
+    end
+  end
+  if reason ~= 'drain' then
+    call('SET', R .. ':e:' .. id, err)
+    note_attempt(id, rec, reason == 'crash' and 'crashed' or 'stalled', err)
+  end
+  if dead then
+    fields[#fields + 1] = 'g'
+    fields[#fields + 1] = dead
+    finish(id, rec, 'd', fields, -1)
+    return 'dead'
+  end
+  return requeue(id, rec, fields) == 'i' and 'isolated' or 'queued'
+end
+
+-- Takes every job from a worker incarnation and forgets it. Returns, flat, ids and what became of them.
+local function release_worker(worker, reason, err, max_crashes, max_stalls)
+  local held = R .. ':h:' .. worker
+  local ids = call('SMEMBERS', held)
+  local answer = {}
+  for _, id in ipairs(ids) do
+    local well, outcome = pcall(release_one, id, worker, reason, #ids == 1, err, max_crashes, max_stalls)
+    if not well then
+      outcome = 'error ' .. tostring(type(outcome) == 'table' and outcome.err or outcome)
+    end
+    answer[#answer + 1] = id
+    answer[#answer + 1] = outcome
+  end
+  write_ends()
+  if call('SCARD', held) == 0 then
+    call('ZREM', R .. ':workers', worker)
+    call('UNLINK', R .. ':w:' .. worker, held, R .. ':wb:' .. worker)
+  end
+  return answer
+end

@@ -1,0 +1,26 @@
+-- Forgets a job that does not run, with all that belongs to it.
+local function remove(id)
+  local rec = load(id)
+  if rec then
+    if rec.state == 'r' then
+      return 0
+    end
+    unshelve(rec.state, rec, id)
+    unshelve('i', rec, id)
+    local tags = call('HGET', jkey(id), 'G')
+    if tags then
+      for _, tag in ipairs(cmsgpack.unpack(tags)) do
+        call('ZREM', R .. ':tag:' .. tag, id)
+      end
+    end
+    if not ENDED[rec.state] then
+      tell(id, rec, true)
+    end
+  end
+  drop_result(id)
+  drop_checkpoint(id)
+  call('ZREM', R .. ':sched', id)
+  call('ZREM', R .. ':exp', id)
+  call('UNLINK', jkey(id), R .. ':b:' .. id, R .. ':e:' .. id, R .. ':at:' .. id, R .. ':wt:' .. id)
+  return rec and 1 or 0
+end

@@ -1,0 +1,132 @@
+-- Ends of attempts, as workers report them.
+
+-- A group's child has ended well: when it was the last one, the group's callbacks are created.
+local function complete_child(id, group)
+  local key = R .. ':g:' .. group[1]
+  local parties = tonumber(call('GET', key .. ':n') or -1)
+  if parties < 0 then
+    return
+  end
+  call('SADD', key, id)
+  call('PEXPIRE', key, math.max(1, call('PTTL', key .. ':n')))
+  if call('SCARD', key) >= parties then
+    for _, item in ipairs(group[2]) do
+      create(item)
+    end
+    call('UNLINK', key, key .. ':n')
+  end
+end
+
+local settle_verbs = {}
+
+-- s: id, attempt, 'f', progress, note, spawned, group, inline result, short, content type, full, chunks, size
+function settle_verbs.f(id, rec, s)
+  local fields = {}
+  if rec.cancel then
+    drop_result(id)
+    return cancelled(id, rec)
+  end
+  if s[8] then
+    fields = { 'r', s[8] }
+  else
+    local key = R .. ':r:' .. id
+    local result = { 's', s[9], 'c', s[10], 'z', s[13] }
+    if s[12] > 0 then
+      for i = 0, s[12] - 1 do
+        if call('PERSIST', R .. ':x:' .. id .. ':r' .. rec.attempt .. ':' .. i) == 0 then
+          error('chunk ' .. i .. ' of the result is gone')
+        end
+      end
+      result[#result + 1] = 'n'
+      result[#result + 1] = s[12]
+      result[#result + 1] = 'k'
+      result[#result + 1] = rec.attempt
+    else
+      result[#result + 1] = 'f'
+      result[#result + 1] = s[11]
+    end
+    call('HSET', key, unpack(result))
+  end
+  finish(id, rec, 's', fields, rec.ttl)
+end
+
+-- s: ..., delay in ms, error, 1 when it counts as a retry
+function settle_verbs.r(id, rec, s)
+  if rec.cancel then
+    return cancelled(id, rec)
+  end
+  assert(type(s[8]) == 'number', 'malformed delay')
+  call('SET', R .. ':e:' .. id, s[9])
+  note_attempt(id, rec, 'failed', s[9])
+  local fields = { 'y', tonumber(call('HGET', jkey(id), 'y') or 0) + s[10] }
+  if s[8] > 0 then
+    schedule(id, rec, NOW + s[8], fields)
+  else
+    requeue(id, rec, fields)
+  end
+end
+
+-- s: ..., reason, error
+function settle_verbs.b(id, rec, s)
+  if rec.cancel then
+    return cancelled(id, rec)
+  end
+  assert(type(s[8]) == 'string' and type(s[9]) == 'string', 'malformed reason or error')
+  drop_result(id)
+  call('SET', R .. ':e:' .. id, s[9])
+  note_attempt(id, rec, s[8], s[9])
+  finish(id, rec, 'd', { 'g', s[8] }, -1)
+end
+
+-- Given back unharmed: it did not start, or the worker is being drained.
+function settle_verbs.l(id, rec)
+  if rec.cancel then
+    return cancelled(id, rec)
+  end
+  requeue(id, rec, {})
+end
+
+-- The job took note of its cancelling and ended.
+function settle_verbs.c(id, rec)
+  cancelled(id, rec)
+end
+
+local function settle_one(s)
+  local id, attempt, verb = s[1], s[2], s[3]
+  if type(id) ~= 'string' or type(attempt) ~= 'number' or not settle_verbs[verb] then
+    error('malformed settle')
+  end
+  local rec = load(id)
+  if not rec or rec.state ~= 'r' or rec.attempt ~= attempt then
+    return 'stale'
+  end
+  write_progress(id, rec, s[4], s[5])
+  -- Children before the parent's end: made again, they exist already and nothing happens.
+  if s[6] then
+    for _, item in ipairs(s[6]) do
+      create(item)
+    end
+  end
+  if s[7] and not rec.cancel then
+    complete_child(id, s[7])
+  end
+  settle_verbs[verb](id, rec, s)
+  return 'ok'
+end
+
+-- Settles each job on its own; answers, flat, position and text of those that did not go well.
+local function settle(first, last)
+  local refused = {}
+  for i = first, last do
+    local well, answer = pcall(function() return settle_one(cmsgpack.unpack(ARGV[i])) end)
+    if not well or answer ~= 'ok' then
+      if type(answer) == 'table' then
+        answer = answer.err or 'unknown error'
+      end
+      refused[#refused + 1] = i - first
+      refused[#refused + 1] = well and 'stale' or 'error ' .. tostring(answer)
+    end
+  end
+  write_ends()
+  return refused
+end

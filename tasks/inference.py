@@ -1,0 +1,49 @@
+"""Inference with a network that `train_digits` has trained, on whatever machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import mlqueue
+from mlqueue import codec
+
+from .app import mlq
+from .data import SIDE
+from .network import Network
+from .training import LATEST_MODEL, model_key
+
+
+@mlq.actor(queue_name="predict", throws=ValueError)
+def predict_digits(images: NDArray[Any], model: str | None = None) -> dict[str, NDArray[Any]]:
+    """What the images show.
+
+    Parameters:
+      images: Shape (n, 8, 8), from 0 (paper) to 1 (ink).
+      model: The id of the job that trained the network; the newest model when None.
+
+    Returns:
+      ``digits``, int64 of shape (n,), and ``confidence``, float32 of shape (n,): the probability of each digit.
+    """
+    images = np.asarray(images)
+    if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE):
+        raise ValueError(f"images of shape {images.shape}: it must be (n, {SIDE}, {SIDE}).")
+    network = load_network(model)
+    probabilities = network.probabilities(images)
+    return {"digits": probabilities.argmax(axis=1), "confidence": probabilities.max(axis=1)}
+
+
+def load_network(model: str | None) -> Network:
+    """The network that the job `model` has trained, or the newest one. Only inside a job."""
+    job = mlqueue.current_job()
+    if model is None:
+        latest = job.fetch_data(LATEST_MODEL)
+        if latest is None:
+            raise ValueError("no model has been trained yet: submit train_digits first.")
+        model = latest.decode()
+    data = job.fetch_data(model_key(model))
+    if data is None:
+        raise ValueError(f"no model of job {model!r}: it never ended well, or was trained more than 30 days ago.")
+    return Network(codec.decode(data)["parameters"])
