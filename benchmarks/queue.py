@@ -263,9 +263,7 @@ def show(medians: dict[str, dict[str, float]], titles: dict[str, str]) -> None:
         values = [medians[name].get(key) for name in names]
         cells = [form.format(value) if value is not None else "-" for value in values]
         first = values[0]
-        ratios = [
-            f"{first / value:.2f}" if first is not None and value else "-" for value in values[1:]
-        ]
+        ratios = [f"{first / value:.2f}" if first is not None and value else "-" for value in values[1:]]
         print(f"| {title} |", " | ".join(cells), "|", " ".join(ratios), "|")
 
 

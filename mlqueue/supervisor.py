@@ -212,12 +212,12 @@ class Supervisor:
             os.getpid(),
         )
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._on_wake)
-        try:
-            with self._signals():
+        with self._signals():
+            try:
                 while not self._is_over():
                     self._step()
-        finally:
-            self._end()
+            finally:
+                self._end()
         logger.info("done")
         return self._exit_code
 
@@ -254,8 +254,6 @@ class Supervisor:
         if self._store is not None:
             self._store.connector.close()
         self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
 
     # Signals
 
@@ -277,6 +275,8 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             for signum, handler in previous.items():
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         self._wake(signum)
@@ -336,9 +336,7 @@ class Supervisor:
 
     def _wants_extra(self) -> bool:
         # A child with one thread runs every job alone, and takes those first.
-        return (
-            self._alone_waiting and self._extra.child is None and self._stopping_since is None and self.threads > 1
-        )
+        return self._alone_waiting and self._extra.child is None and self._stopping_since is None and self.threads > 1
 
     def _spawn(self, seat: _Seat) -> None:
         seat.due = None

@@ -60,6 +60,5 @@ def remaining(client: Any) -> int:
 
 
 def command(processes: int, threads: int) -> list[str]:
-    return [
-        sys.executable, "-m", "dramatiq", "benchmarks.systems.dramatiq_results", "-p", str(processes), "-t", str(threads),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "dramatiq", "benchmarks.systems.dramatiq_results"]
+    return [*command, "-p", str(processes), "-t", str(threads)]

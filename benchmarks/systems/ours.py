@@ -58,6 +58,5 @@ def remaining(client: Any) -> int:
 
 
 def command(processes: int, threads: int) -> list[str]:
-    return [
-        sys.executable, "-m", "dramatiq", "benchmarks.systems.ours", "-p", str(processes), "-t", str(threads),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "mlqueue", "worker", "benchmarks.systems.ours"]
+    return [*command, "--processes", str(processes), "--threads", str(threads)]

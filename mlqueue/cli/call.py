@@ -1,4 +1,4 @@
-"""`Call`: what every command is called with - the store it speaks to, and the ways to answer.
+"""`Call`: what every command is called with - the options that all have, the settings, and the ways to answer.
 
 A command is made with `command`, which gives it the options that all have. It gets the `Call` as its first argument and
 returns its exit code, or None for 0.
@@ -6,21 +6,19 @@ returns its exit code, or None for 0.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import logging
 import sys
-from collections.abc import Callable
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 import click
 
-from ..app import DEFAULT_NAMESPACE
-from ..errors import EmbeddedError
+from ..errors import JobFailed, MLQueueError
 from ..settings import Settings
-from ..store import Connector, Store
-from .namespaces import the_only_namespace
-from .text import one_line
+from .text import on_terminal, one_line
 from .values import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,8 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: The options that every command has, before or behind its name.
 COMMON_OPTIONS: Final = ("--namespace", "--url", "--json")
 
-#: What is in the embedded server's folder once it has run there.
-TRACES: Final = ("appendonlydir", "server.json")
+#: How help is asked for.
+HELP: Final = {"help_option_names": ["-h", "--help"]}
 
 
 class Call:
@@ -41,39 +39,34 @@ class Call:
         #: ``--namespace`` and ``--url``; None where they were not given.
         self.namespace: str | None = None
         self.url: str | None = None
-        self._connector: Connector | None = None
+        #: What is closed when the command has ended.
+        self.closing = contextlib.ExitStack()
 
-    @cached_property
+    @functools.cached_property
     def settings(self) -> Settings:
         """The settings, under what the options say."""
-        options = {"url": self.url, "namespace": self.namespace}
-        return Settings.load(**{name: value for name, value in options.items() if value is not None})
+        return self.settings_under({})
 
-    def store(self, *, start: bool = False) -> Store:
-        """The store of the namespace. The embedded server is started where it ran before; where it never did, only
-        if `start`: a look at a folder leaves nothing behind in it."""
-        self._connector = connector = Connector(self.settings)
-        if not start:
-            _refuse_virgin_folder(connector)
-        namespace = self.settings.namespace or the_only_namespace(connector) or DEFAULT_NAMESPACE
-        return Store(connector, namespace, self.settings)
-
-    def close(self) -> None:
-        """Closes the connections."""
-        if self._connector is not None:
-            self._connector.close()
+    def settings_under(self, options: Mapping[str, object]) -> Settings:
+        """The settings, under these options (None: not given) and the ones that all commands have."""
+        given = {"url": self.url, "namespace": self.namespace, **options}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Settings.load(**chosen)
 
     # Answers
 
-    def emit(self, value: object) -> None:
-        """Data, as a line of JSON on stdout (on a terminal, of several lines)."""
-        indent = 2 if sys.stdout.isatty() else None
-        self.write(json.dumps(plain(value), ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
+    def dumps(self, value: object, *, indent: int | None = None) -> str:
+        """A value as JSON, see `mlqueue.cli.values`."""
+        return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
+
+    def emit(self, value: object, *, one_line: bool = False) -> None:
+        """Data, as JSON on stdout; on a terminal of several lines, unless it is one of many."""
+        self.write(self.dumps(value, indent=2 if on_terminal() and not one_line else None))
 
     def write(self, data: str | bytes) -> None:
         """Data, as they are, on stdout. Text is UTF-8 whatever the locale says."""
         sys.stdout.flush()
-        sys.stdout.buffer.write(data.encode() if isinstance(data, str) else data)
+        sys.stdout.buffer.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
         sys.stdout.buffer.flush()
 
     def talk(self, text: str) -> None:
@@ -81,17 +74,49 @@ class Call:
         if not self.json:
             click.echo(f"mlqueue: {one_line(text)}", err=True)
 
+    def more(self, cursor: int) -> None:
+        """Says where the next page begins."""
+        if self.json:
+            click.echo(json.dumps({"cursor": cursor}), err=True)
+        else:
+            self.talk(f"there are more: --cursor {cursor}")
 
-def _refuse_virgin_folder(connector: Connector) -> None:
-    server = connector.embedded
-    if server is None or server.status() is not None:
-        return
-    if not any(Path(server.home, name).exists() for name in TRACES):
-        raise EmbeddedError(
-            f"there is no store here: no MLQUEUE_URL is set, and no embedded server has ever run in {server.home}. "
-            "`mlqueue submit`, `mlqueue worker` and `mlqueue server` start one; or change to the project's folder, or "
-            "give --url."
-        )
+    def report(self, error: MLQueueError) -> None:
+        """An error, on one line of stderr."""
+        message, details = error.message, {}
+        if isinstance(error, JobFailed):
+            details = {
+                "job_id": error.job_id,
+                "reason": error.reason,
+                "error_type": error.error_type,
+                "remote_traceback": error.remote_traceback,
+            }
+            if error.remote_traceback and not self.json:
+                message = f"{message} (`mlqueue show {error.job_id}` has the traceback)"
+        self.report_as(type(error).__name__, message, error.exit_code, details)
+
+    def report_as(self, kind: str, message: str, code: int, details: Mapping[str, Any] | None = None) -> None:
+        """An error of this kind, on one line of stderr; with ``--json`` as an object."""
+        if self.json:
+            error = {"type": kind, "message": message, "exit_code": code, **(details or {})}
+            click.echo(json.dumps({"error": error}), err=True)
+        else:
+            click.echo(f"mlqueue: {one_line(message)}", err=True)
+
+    @contextlib.contextmanager
+    def logging(self, style: str = "mlqueue: %(message)s", level: str | None = None) -> Iterator[None]:
+        """Has what the library logs within appear on stderr. As talk, unless a `level` is given: then it is a log."""
+        logger = logging.getLogger("mlqueue")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(style))
+        before = logger.handlers[:], logger.level
+        logger.handlers = [handler]
+        logger.setLevel(level or (logging.ERROR if self.json else logging.INFO))
+        try:
+            yield
+        finally:
+            logger.handlers = before[0]
+            logger.setLevel(before[1])
 
 
 def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
@@ -133,14 +158,17 @@ def common_options(function: F) -> F:
     return function
 
 
-def command(**options: Any) -> Callable[[Callable[..., int | None]], click.Command]:
+def command(cls: type[click.Command] = click.Command) -> Callable[[Callable[..., int | None]], click.Command]:
     """Makes a function a command."""
 
     def make(function: Callable[..., int | None]) -> click.Command:
-        settings = {"help_option_names": ["-h", "--help"]}
-        return click.command(context_settings=settings, **options)(common_options(click.pass_obj(function)))
+        @functools.wraps(function)
+        def with_call(*args: Any, **kwargs: Any) -> int | None:
+            return function(click.get_current_context().find_object(Call), *args, **kwargs)
+
+        return click.command(cls=cls, context_settings=HELP)(common_options(with_call))
 
     return make
 
 
-__all__ = ["COMMON_OPTIONS", "Call", "command", "common_options"]
+__all__ = ["COMMON_OPTIONS", "HELP", "Call", "command", "common_options"]

@@ -6,17 +6,15 @@ import contextlib
 import difflib
 import importlib
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import click
 
-from ..errors import JobFailed, MLQueueError, StoreUnavailable
-from .call import COMMON_OPTIONS, Call, common_options
-from .text import one_line
+from ..errors import MLQueueError
+from .call import HELP, Call, common_options
 
 #: The exit code after Ctrl-C: that of a process which ended by SIGINT.
 INTERRUPTED: Final = 130
@@ -90,7 +88,7 @@ def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
     cls=Group,
     name="mlqueue",
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
     epilog="Exit codes: 0 well, 1 the job failed, 2 usage, 3 not found, 4 store unreachable, 5 timeout, "
     "130 interrupted. The three options above may also stand behind the command.",
 )
@@ -115,11 +113,11 @@ def main(args: Sequence[str] | None = None) -> int:
     call = Call(json=_wants_json(words))
     _never_fail_to_encode()
     try:
-        with _logging_to_stderr(call):
+        with call.logging():
             try:
                 return _run(words, call)
             finally:
-                call.close()
+                call.closing.close()
                 sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()
@@ -137,39 +135,11 @@ def _run(words: list[str], call: Call) -> int:
         call.talk("interrupted.")
         return INTERRUPTED
     except click.ClickException as error:
-        _report(call, type(error).__name__, _usage_text(error), USAGE)
+        call.report_as(type(error).__name__, _usage_text(error), USAGE)
         return USAGE
-    except BrokenPipeError:
-        raise
-    except ConnectionError as error:
-        # redis-py raises the system's own in a few places; ours of that kind is a StoreUnavailable already.
-        ours = error if isinstance(error, MLQueueError) else StoreUnavailable(f"the store cannot be reached: {error}.")
-        return _report_error(call, ours)
     except MLQueueError as error:
-        return _report_error(call, error)
-
-
-def _report_error(call: Call, error: MLQueueError) -> int:
-    message, details = error.message, {}
-    if isinstance(error, JobFailed):
-        details = {
-            "job_id": error.job_id,
-            "reason": error.reason,
-            "error_type": error.error_type,
-            "remote_traceback": error.remote_traceback,
-        }
-        if error.remote_traceback:
-            message = f"{one_line(message)} `mlqueue show {error.job_id}` has the traceback."
-    _report(call, type(error).__name__, message, error.exit_code, details)
-    return error.exit_code
-
-
-def _report(call: Call, kind: str, message: str, code: int, details: dict[str, Any] | None = None) -> None:
-    if call.json:
-        error = {"type": kind, "message": message, "exit_code": code, **(details or {})}
-        click.echo(json.dumps({"error": error}), err=True)
-    else:
-        click.echo(f"mlqueue: {one_line(message)}", err=True)
+        call.report(error)
+        return error.exit_code
 
 
 def _usage_text(error: click.ClickException) -> str:
@@ -182,30 +152,6 @@ def _wants_json(words: Sequence[str]) -> bool:
     """Whether ``--json`` was given, known before the rest is parsed: an error in that is JSON too."""
     options = words[: words.index("--")] if "--" in words else words
     return "--json" in options
-
-
-@contextlib.contextmanager
-def _logging_to_stderr(call: Call) -> Iterator[None]:
-    """What the library logs while a command runs is talk: "started an embedded server ..."."""
-    logger = logging.getLogger("mlqueue")
-    handler = _Talk(call)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-class _Talk(logging.Handler):
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self._call = call
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._call.talk(record.getMessage())
 
 
 def _never_fail_to_encode() -> None:
@@ -222,4 +168,4 @@ def _forget_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-__all__ = ["COMMANDS", "COMMON_OPTIONS", "cli", "main"]
+__all__ = ["COMMANDS", "cli", "main"]

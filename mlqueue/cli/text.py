@@ -40,7 +40,9 @@ def duration(seconds: float) -> str:
     """A duration as ``45s``, ``12m``, ``3h``, ``4d``; below ten seconds with a digit more."""
     if 0 <= seconds < 9.95:
         return f"{seconds:.1f}s"
-    number, letter = next((int(seconds // unit), letter) for least, unit, letter in UNITS if seconds >= least or not least)
+    number, letter = next(
+        (int(seconds // unit), letter) for least, unit, letter in UNITS if seconds >= least or not least
+    )
     return f"{max(0, number)}{letter}"
 
 

@@ -421,7 +421,7 @@ class Store:
         """The records of jobs; None for each that there is none of."""
         if not job_ids:
             return []
-        answer = self._run("read", "repa" if full else "rep", *job_ids)
+        answer = self._run("read", "sepa" if full else "sep", *job_ids)
         return [
             item
             and decode_record(

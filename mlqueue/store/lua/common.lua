@@ -54,7 +54,7 @@ States: q queued (also in shelf i: queued, to be run alone), w scheduled, r runn
   give back    turn, settle      r     q                 must be equal  c
   release      release, sweep    r     q, or d           worker equal   c
   cancel       cancel            q w   c                 -              -
-                                 r     r, flag set       -              -
+  flag         cancel            r     r, flag set       -              -
   retry        retry             d c   q                 -              cleared
   remove       sweep, remove     any but r -> gone       -              -
 

@@ -1,6 +1,6 @@
 #!lua flags=no-writes
 -- parts: moves
--- Reads records. ARGV: what (any of b body, r result, e error, a attempts, p position), then ids.
+-- Reads records. ARGV: what (any of b body, s short result, r whole result, e error, a attempts, p position), then ids.
 -- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued).
 local what = ARGV[1]
 local function wants(letter)
@@ -22,6 +22,18 @@ local function position(rec)
   return ahead
 end
 
+-- A key of another type than ours is as good as none: one broken job must not hide the others.
+local function result(id)
+  local found = {}
+  if wants('r') then
+    found = redis.pcall('HGETALL', R .. ':r:' .. id)
+  elseif wants('s') then
+    local f = redis.pcall('HMGET', R .. ':r:' .. id, 's', 'c')
+    found = f[1] and { 's', f[1], 'c', f[2] } or {}
+  end
+  return found.err and {} or found
+end
+
 local answer = {}
 for i = 2, #ARGV do
   local id = ARGV[i]
@@ -32,7 +44,7 @@ for i = 2, #ARGV do
     answer[#answer + 1] = {
       fields,
       wants('b') and call('GET', R .. ':b:' .. id) or '',
-      wants('r') and call('HGETALL', R .. ':r:' .. id) or {},
+      result(id),
       wants('e') and call('GET', R .. ':e:' .. id) or '',
       wants('a') and call('LRANGE', R .. ':at:' .. id, 0, -1) or {},
       wants('p') and position(load(id)) or -1,

@@ -1,4 +1,4 @@
-"""Which namespaces a store has: what a command uses that was given none."""
+"""The store that a command speaks to: where, and which of its namespaces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import re
 import time
 from typing import Final
 
-from ..errors import SettingsError
-from ..store import Connector
+from ..app import DEFAULT_NAMESPACE
+from ..errors import EmbeddedError, SettingsError
+from ..store import Connector, Store
 from ..store.records import unquote
+from .call import Call
+
+#: What is in the embedded server's folder once it has run there.
+TRACES: Final = ("appendonlydir", "server.json")
 
 #: Keys that a namespace has from its first job on (``seq``) or from its first worker on (``actors``), as the server
 #: finds them, and exactly. The layout is in ``store/lua/common.lua``.
@@ -18,6 +23,28 @@ KEY: Final = re.compile(rb"mlq:\{([^{}]+)\}:(?:seq|actors)")
 #: How many keys one step of the scan looks at, and for how many seconds it goes on: a large store has millions.
 STEP: Final = 2000
 LIMIT: Final = 5.0
+
+
+def open_store(call: Call, *, start: bool = False) -> Store:
+    """The store of the namespace that the call is about. The embedded server is started where it ran before; where it
+    never did, only if `start`: a look at a folder leaves nothing behind in it."""
+    settings = call.settings
+    connector = Connector(settings)
+    call.closing.callback(connector.close)
+    if not start:
+        _refuse_new_folder(connector)
+    namespace = settings.namespace or the_only_namespace(connector) or DEFAULT_NAMESPACE
+    return Store(connector, namespace, settings)
+
+
+def _refuse_new_folder(connector: Connector) -> None:
+    server = connector.embedded
+    if server is not None and server.status() is None and not any((server.home / name).exists() for name in TRACES):
+        raise EmbeddedError(
+            f"there is no store here: no MLQUEUE_URL is set, and no embedded server has ever run in {server.home}. "
+            "`mlqueue submit`, `mlqueue worker` and `mlqueue server` start one; or change to the project's folder, or "
+            "give --url."
+        )
 
 
 def the_only_namespace(connector: Connector) -> str | None:
@@ -51,4 +78,4 @@ def _namespaces(connector: Connector) -> tuple[set[str], bool]:
             return found, False
 
 
-__all__ = ["the_only_namespace"]
+__all__ = ["open_store", "the_only_namespace"]

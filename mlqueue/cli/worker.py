@@ -1,0 +1,42 @@
+"""``mlqueue worker``: worker processes under a supervisor."""
+
+from __future__ import annotations
+
+import click
+
+from ..supervisor import Supervisor
+from .call import Call, command
+
+
+@command()
+@click.argument("modules", metavar="MODULE...", nargs=-1, required=True)
+@click.option("--processes", metavar="N", help="How many processes [MLQUEUE_PROCESSES; else one per core].")
+@click.option("--threads", metavar="N", help="How many jobs each runs at a time [MLQUEUE_THREADS; else 8].")
+@click.option(
+    "-Q", "--queues", multiple=True, metavar="NAME[,NAME]", help="The queues to serve [all that the actors declare]."
+)
+@click.option("--max-jobs", metavar="N", help="Replace a process after so many jobs [MLQUEUE_MAX_JOBS; else never].")
+@click.option("--max-rss", metavar="SIZE", help="Replace a process of more memory: 2G [MLQUEUE_MAX_RSS; else never].")
+def worker(
+    call: Call,
+    modules: tuple[str, ...],
+    processes: str | None,
+    threads: str | None,
+    queues: tuple[str, ...],
+    max_jobs: str | None,
+    max_rss: str | None,
+) -> int:
+    """Run worker processes for the actors of these modules: `tasks`, `package.module`, `tasks.py`.
+
+    SIGTERM or Ctrl-C lets running jobs end (MLQUEUE_DRAIN); a second one gives them back at once. --namespace chooses
+    the app where the modules make several.
+    """
+    given = {"processes": processes, "threads": threads, "max_jobs": max_jobs, "max_rss": max_rss}
+    settings = call.settings_under(given)
+    names = [name.strip() for text in queues for name in text.split(",") if name.strip()]
+    supervisor = Supervisor(modules, settings, queues=names or None, namespace=call.namespace)
+    with call.logging("%(asctime)s [supervisor] %(levelname)s %(name)s: %(message)s", settings.log_level):
+        return supervisor.run()
+
+
+__all__ = ["worker"]

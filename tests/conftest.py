@@ -1,0 +1,124 @@
+"""Fixtures: one real server for the session, a namespace for each test, and a look for what tests leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dramatiq
+import dramatiq.broker
+import pytest
+
+from mlqueue import MLQ, Settings
+from mlqueue.testing import temporary_server
+
+#: How long what a test has stopped may take to be gone, in seconds.
+PATIENCE = 5.0
+
+#: Threads that end by themselves when nobody has needed them for a while.
+LINGERING = ("mlqueue-time-limit",)
+
+StartWorker = Callable[..., dramatiq.Worker]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Settings]:
+    """Settings for the server of the session: that of MLQUEUE_URL where it is set, else an embedded one."""
+    url = os.environ.get("MLQUEUE_URL")
+    if url:
+        yield Settings.load({}, url=url)
+        return
+    with temporary_server() as settings:
+        yield settings
+
+
+@pytest.fixture
+def mlq(server: Settings) -> Iterator[MLQ]:
+    """An app with a namespace that no other test has."""
+    with fresh_app(server) as app:
+        yield app
+
+
+@contextlib.contextmanager
+def fresh_app(settings: Settings) -> Iterator[MLQ]:
+    before = dramatiq.broker.global_broker
+    app = MLQ(f"test-{uuid.uuid4().hex[:12]}", settings=settings)
+    try:
+        yield app
+    finally:
+        dramatiq.broker.global_broker = before
+        for key in app.client.scan_iter(f"{app.store.root}:*", count=1000):
+            app.client.unlink(key)
+        app.close()
+
+
+@pytest.fixture
+def start_worker(mlq: MLQ) -> Iterator[StartWorker]:
+    """Starts workers in this process, which are stopped at the end. They have no helper process unless asked for."""
+    workers: list[dramatiq.Worker] = []
+
+    def start(
+        app: MLQ = mlq, *, threads: int = 2, queues: set[str] | None = None, helper: bool = False
+    ) -> dramatiq.Worker:
+        if not helper:
+            app.broker.supervise(uuid.uuid4().hex)
+        worker = dramatiq.Worker(app.broker, worker_threads=threads, queues=queues)
+        worker.start()
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        if worker.broker.worker is worker:  # type: ignore[attr-defined]
+            worker.stop(timeout=10_000)
+
+
+@pytest.fixture
+def worker(mlq: MLQ, start_worker: StartWorker) -> dramatiq.Worker:
+    """A worker with two threads, for the actors that the test declares on `mlq`."""
+    return start_worker()
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if not thread.name.startswith(LINGERING)}
+
+
+def children() -> set[int]:
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found.update(int(pid) for pid in task.read_text().split())
+    return found
+
+
+def sockets() -> set[str]:
+    found = set()
+    for entry in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(entry)
+            if target.startswith("socket:"):
+                found.add(target)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fails a test after which there is a thread, a child process or a socket that was not there before."""
+    before = threads(), children(), sockets()
+    yield
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        gc.collect(0)
+        left = [now - then for now, then in zip((threads(), children(), sockets()), before, strict=True)]
+        if not any(left):
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: threads {left[0]}, processes {left[1]}, sockets {left[2]}")
+        gc.collect()
+        threading.Event().wait(0.02)
