@@ -55,13 +55,22 @@ class Actor(dramatiq.Actor[P, R]):
             if parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         }
         self._submit_options = SUBMIT_OPTIONS - taken
+        self._positional = _positional_counts(self._signature)
         super().__init__(fn, **options)
 
     def message_with_options(self, *, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Message[R]:
         """A message for this actor, its id time-ordered."""
-        message = super().message_with_options(args=args, kwargs=kwargs, **options)
-        object.__setattr__(message, "message_id", new_id())  # the dataclass is frozen, and a copy costs more
-        return message
+        for name in ("on_failure", "on_success"):
+            if isinstance(options.get(name), dramatiq.Actor):
+                options[name] = options[name].actor_name
+        return Message(
+            queue_name=self.queue_name,
+            actor_name=self.actor_name,
+            args=args,
+            kwargs=kwargs or {},
+            options=options,
+            message_id=new_id(),
+        )
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]:
         """Submits a job with these arguments. It exists in the store when this returns.
@@ -101,7 +110,8 @@ class Actor(dramatiq.Actor[P, R]):
           options: Any further option of Dramatiq's messages (``max_retries``, ``time_limit`` ...) or of ours.
         """
         self._check_options(options)
-        given = {"delay": delay, "eta": eta, "job_id": job_id, "tags": tuple(tags) or None, "priority": priority}
+        labels = (tags if isinstance(tags, str) else tuple(tags)) or None  # a str is refused with the others
+        given = {"delay": delay, "eta": eta, "job_id": job_id, "tags": labels, "priority": priority}
         return BoundOptions(self, {**{name: value for name, value in given.items() if value is not None}, **options})
 
     def _check_options(self, names: Iterable[str]) -> None:
@@ -117,10 +127,23 @@ class Actor(dramatiq.Actor[P, R]):
 
     def check_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raises `InvalidJob` when the function does not take these arguments."""
+        if not kwargs and len(args) in self._positional:
+            return  # most calls; binding costs more than all else that is checked here
         try:
             self._signature.bind(*args, **kwargs)
         except TypeError as error:
             raise InvalidJob(f"{self.actor_name}{self._signature}: {error}.") from None
+
+
+def _positional_counts(signature: inspect.Signature) -> range:
+    """How many positional arguments alone a function takes."""
+    kinds = inspect.Parameter
+    parameters = list(signature.parameters.values())
+    if any(item.kind is kinds.KEYWORD_ONLY and item.default is kinds.empty for item in parameters):
+        return range(0)
+    positional = [item for item in parameters if item.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)]
+    needed = sum(item.default is kinds.empty for item in positional)
+    return range(needed, len(positional) + 1)
 
 
 class BoundOptions(Generic[P, R]):
@@ -248,10 +271,10 @@ class MLQ:
         _instances[_made] = self
 
     @overload
-    def actor(self, fn: Callable[P, Awaitable[R]], /) -> Actor[P, R]: ...
+    def actor(self, fn: Callable[P, Awaitable[R]], /, **options: Any) -> Actor[P, R]: ...
 
     @overload
-    def actor(self, fn: Callable[P, R], /) -> Actor[P, R]: ...
+    def actor(self, fn: Callable[P, R], /, **options: Any) -> Actor[P, R]: ...
 
     @overload
     def actor(

@@ -7,9 +7,11 @@ again must be one that may be (all of ours are), and because the embedded server
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -48,6 +50,8 @@ class Connector:
         self._lock = threading.Lock()
         self._client: redis.Redis | None = None
         self._checked = False
+        self._local = threading.local()
+        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         #: The embedded server, when no URL is set.
         self.embedded: EmbeddedServer | None = None
         if settings.url is None:
@@ -130,18 +134,23 @@ class Connector:
             self.reconnect()
 
     def _once(self, command: tuple[Any, ...], script: Script | None) -> Any:
-        # Less than half the cost of Redis.execute_command, which every submit and every turn would pay.
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
+        # A connection for each thread, used bare: a third of the cost of Redis.execute_command with its pool, which
+        # every submit would pay.
+        connection = getattr(self._local, "connection", None)
+        if connection is None or self._local.pid != os.getpid():
+            connection = self.client.connection_pool.make_connection()
+            self._local.connection, self._local.pid = connection, os.getpid()
+            self._connections.add(connection)
         try:
             if not self._checked:
                 self._check_version(connection)
             return send(connection, command, script)
-        except PASSING:
+        except redis.ResponseError:
+            raise
+        except BaseException:
+            # Interrupted with an answer outstanding, too: the next call would read it as its own.
             connection.disconnect()
             raise
-        finally:
-            pool.release(connection)
 
     def _check_version(self, connection: Any) -> None:
         connection.send_command("HELLO", 2)
@@ -160,6 +169,8 @@ class Connector:
     def close(self) -> None:
         """Closes the connections, and gives up the embedded server."""
         with self._lock:
+            for connection in list(self._connections):
+                connection.disconnect()
             if self._client is not None:
                 self._client.close()
                 self._client = None

@@ -403,7 +403,7 @@ class Store:
         """Forgets the jobs of a queue (None: of all) that wait; how many."""
         total = 0
         while True:
-            gone = self._run("flush", quote(queue) if queue else "", 1000)
+            gone: int = self._run("flush", quote(queue) if queue else "", 1000)
             total += gone
             if gone < 1000:
                 return total

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: moves ends remove
+-- parts: queue moves ends remove
 -- Forgets waiting jobs. ARGV: queue ('' all), how many at most. Returns how many it forgot.
 local gone, limit = 0, tonumber(ARGV[2])
 for _, name in ipairs(call('SMEMBERS', R .. ':shelves')) do

@@ -1,5 +1,5 @@
 #!lua flags=no-writes
--- parts: moves
+-- parts: queue moves
 -- Reads records. ARGV: what (any of b body, s short result, r whole result, e error, a attempts, p position), then ids.
 -- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued).
 local what = ARGV[1]

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: moves ends remove
+-- parts: queue moves ends remove
 -- ARGV: ids. Forgets jobs that do not run. Returns for each 1 (forgotten) or 0 (running, or unknown).
 local answer = {}
 for i = 1, #ARGV do

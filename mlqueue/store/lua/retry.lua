@@ -1,5 +1,5 @@
 #!lua
--- parts: moves ends
+-- parts: queue moves ends
 -- ARGV: id. A dead or cancelled job goes back to the end of its queue with its counts at nought; its attempt goes on.
 -- Returns the state that the job was in, or false.
 local id = ARGV[1]

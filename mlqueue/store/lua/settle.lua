@@ -1,4 +1,4 @@
 #!lua flags=allow-oom
--- parts: moves create ends history progress settle
+-- parts: queue moves create ends history progress settle
 -- ARGV: one packed settle each. Returns refusals, flat: position, text.
 return settle(1, #ARGV)

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: moves ends history release remove
+-- parts: queue moves promote ends history release remove
 -- Releases the jobs of workers whose lease has ended, promotes what is due, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
 -- gap in ms after which nobody is to blame.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: moves create ends history progress settle
+-- parts: queue moves promote create ends history progress settle
 -- A worker's turn: settles what it has finished and fetches what it can start, in one call.
 -- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
 -- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.

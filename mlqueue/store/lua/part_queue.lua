@@ -1,0 +1,87 @@
+-- Putting jobs where they wait.
+
+-- A job that has crashed so often runs with no other job beside it.
+local ISOLATE_AFTER = 2
+
+local shelved = {}
+
+local function shelve(state, rec, id)
+  local name = state .. ':' .. rec.queue .. ':' .. rec.lane
+  local score = rec.number
+  if state == 'q' or state == 'i' then
+    score = rec.priority * PRIORITY + score
+  end
+  call('ZADD', R .. ':s:' .. name, score, id)
+  if not shelved[name] then
+    shelved[name] = true
+    call('SADD', R .. ':shelves', name)
+  end
+end
+
+local function ring(queue, lane)
+  local key = R .. ':bell:' .. queue .. ':' .. lane
+  if call('EXISTS', key) == 0 then
+    call('RPUSH', key, 1)
+  end
+end
+
+local function ring_own(bell, token)
+  local key = R .. ':wb:' .. bell
+  call('RPUSH', key, token)
+  call('PEXPIRE', key, 120000)
+end
+
+-- Ring those who wait: all of them at the end, else only those who asked for every change.
+local function tell(id, rec, ended)
+  if not rec.watched then
+    return
+  end
+  local key = R .. ':wt:' .. id
+  for _, bell in ipairs(call('SMEMBERS', key)) do
+    if ended or string.sub(bell, 1, 1) == 'a' then
+      ring_own(string.sub(bell, 2), id)
+    end
+  end
+  if ended then
+    call('UNLINK', key)
+  end
+end
+
+-- Puts a job back where it stood in its lane, or where it waits to be run alone.
+local function requeue(id, rec, fields)
+  local shelf = rec.crashes >= ISOLATE_AFTER and 'i' or 'q'
+  shelve(shelf, rec, id)
+  if rec.state == 'r' then
+    call('SREM', R .. ':h:' .. rec.worker, id)
+  end
+  if shelf == 'i' then
+    fields[#fields + 1] = 'i'
+    fields[#fields + 1] = 1
+  elseif rec.alone then
+    call('HDEL', jkey(id), 'i')
+  end
+  fields[#fields + 1] = 's'
+  fields[#fields + 1] = 'q'
+  call('HSET', jkey(id), unpack(fields))
+  ring(rec.queue, rec.lane)
+  tell(id, rec, false)
+  return shelf
+end
+
+local function schedule(id, rec, due, fields)
+  shelve('w', rec, id)
+  call('ZADD', R .. ':sched', due, id)
+  if rec.state == 'r' then
+    call('SREM', R .. ':h:' .. rec.worker, id)
+  end
+  fields[#fields + 1] = 'd'
+  fields[#fields + 1] = due
+  fields[#fields + 1] = 's'
+  fields[#fields + 1] = 'w'
+  call('HSET', jkey(id), unpack(fields))
+  -- Idle workers sleep until the job that was the earliest so far: wake one to look again.
+  if call('ZRANGE', R .. ':sched', 0, 0)[1] == id then
+    ring(rec.queue, rec.lane)
+  end
+  tell(id, rec, false)
+end

@@ -1,0 +1,387 @@
+"""The store against a model of it in a dictionary: random operations of producers, workers and sweepers.
+
+The model knows what DESIGN calls the life of a job. Whatever happens in whatever order, each job is in exactly one
+state, only the attempt that holds it can move it, and listings, counts, held sets and leases say the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mlqueue import MLQ, codec
+from mlqueue.errors import InvalidTransition, JobNotFound, StaleAttempt
+from mlqueue.job import DeadReason, JobError, NewJob, Result, State, new_id
+from mlqueue.store import Held, Settle, Store
+from mlqueue.store.scripts import script
+from mlqueue.store.store import common_of, encode_result
+
+ERROR = JobError(type="", message="x")
+REASON = st.sampled_from(["crash", "stall", "drain"])
+SLOT = st.integers(0, 2)
+#: Mostly the newest: that is where things happen.
+WHICH = st.one_of(st.integers(-3, -1), st.integers(0, 1000))
+FAR = 3600.0
+
+
+@dataclasses.dataclass
+class Model:
+    """What a job must look like."""
+
+    number: int
+    actor: str
+    priority: int
+    state: State = State.QUEUED
+    attempt: int = 0
+    retries: int = 0
+    crashes: int = 0
+    stalls: int = 0
+    worker: str | None = None
+    cancel: bool = False
+    reason: DeadReason | None = None
+    result: object = None
+    progress: object = None
+    checkpoint: bytes | None = None
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Operations on a fresh namespace, each made in the store and in the model."""
+
+    app: MLQ  # set by the test
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = Store(self.app.store.connector, f"model-{uuid.uuid4().hex[:12]}", self.app.settings)
+        self.model: dict[str, Model] = {}
+        self.alive: set[str] = set()
+        self.lanes = [self.store.lane("default", actor) for actor in ("a", "b")]
+        self.numbers = 0
+        #: What operations choose from, by an index that is taken modulo the length: most choices then do something.
+        self.jobs: list[str] = []
+        self.workers = [self.new_worker() for _ in range(3)]
+        self.attempts: list[Held] = []
+
+    def new_worker(self) -> str:
+        worker = uuid.uuid4().hex
+        self.store.start_worker(worker, {}, {})
+        self.alive.add(worker)
+        return worker
+
+    @initialize()
+    def begin_with_some_jobs(self) -> None:
+        for i in range(4):
+            self.submit("ab"[i % 2], 0, False)
+
+    def teardown(self) -> None:
+        client = self.store.connector.client
+        for key in client.scan_iter(f"{self.store.root}:*", count=1000):
+            client.unlink(key)
+
+    # Producers
+
+    @rule(actor=st.sampled_from("abc"), priority=st.integers(-1, 1), delayed=st.booleans())
+    def submit(self, actor: str, priority: int, delayed: bool) -> None:
+        job_id = new_id()
+        self.numbers += 1
+        new = NewJob(
+            id=job_id,
+            queue="default",
+            actor=actor,
+            body=codec.encode_call([self.numbers], {}),
+            priority=priority,
+            delay=FAR if delayed else None,
+        )
+        assert [True] == self.store.submit([new])
+        assert [False] == self.store.submit([new])
+        state = State.SCHEDULED if delayed else State.QUEUED
+        self.model[job_id] = Model(self.numbers, actor, priority, state)
+        self.jobs.append(job_id)
+
+    # Workers
+
+    @rule(slot=SLOT)
+    def restart_worker(self, slot: int) -> None:
+        self.workers[slot] = self.new_worker()
+
+    def expected_fetch(self, worker: str, want: int) -> list[str]:
+        held = [job for job in self.model.values() if job.worker == worker and job.state is State.RUNNING]
+        if any(job.crashes >= 2 for job in held) and self.alone.get(worker):
+            return []
+        waiting = [
+            (job.priority, job.number, job_id)
+            for job_id, job in self.model.items()
+            if job.state is State.QUEUED and job.actor in "ab"
+        ]
+        isolated = sorted(item for item in waiting if self.model[item[2]].crashes >= 2)
+        if not held and isolated:
+            return [isolated[0][2]]
+        return [job_id for _, _, job_id in sorted(item for item in waiting if self.model[item[2]].crashes < 2)][:want]
+
+    @property
+    def alone(self) -> dict[str, bool]:
+        found: dict[str, bool] = {}
+        for job in self.model.values():
+            if job.state is State.RUNNING and job.worker and job.crashes >= 2:
+                found[job.worker] = True
+        return found
+
+    @rule(slot=SLOT, want=st.integers(1, 3), twice=st.booleans())
+    def fetch(self, slot: int, want: int, twice: bool) -> None:
+        worker = self.workers[slot]
+        if worker not in self.alive:
+            self.alive.add(worker)  # one that was thought dead goes on: it is welcome again
+        expected = self.expected_fetch(worker, want)
+        command = self.store.turn_command(worker, uuid.uuid4().hex, want, self.lanes, [])
+        for _ in range(1 + twice):
+            turn = self.store.read_turn(self.store.connector.execute(*command, script=script("turn")))
+            assert expected == [held.id for held in turn.jobs]
+        for held in turn.jobs:
+            job = self.model[held.id]
+            job.state, job.worker = State.RUNNING, worker
+            job.attempt += 1
+            assert (job.attempt, job.retries, job.crashes) == (held.attempt, held.retries, held.crashes)
+        self.attempts += turn.jobs
+
+    def holds(self, held: Held) -> Model | None:
+        job = self.model.get(held.id)
+        return job if job and job.state is State.RUNNING and job.attempt == held.attempt else None
+
+    def settle(self, settle: Settle, held: Held) -> Model | None:
+        """Sends it; the job when it must have been accepted and the flag was not set, else None."""
+        job = self.holds(held)
+        assert self.store.settle([settle]) == ([] if job else [(0, "stale")])
+        if job is None:
+            return None
+        if job.cancel:
+            job.state = State.CANCELLED
+            job.checkpoint = None
+            return None
+        return job
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH, value=st.sampled_from([None, 1, "x" * 100]))
+    def finish(self, which: int, value: object) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        result = encode_result(Result.of(value))
+        job = self.settle(Settle.finish(held.id, held.attempt, result, common_of()), held)
+        if job:
+            job.state, job.result, job.checkpoint = State.SUCCEEDED, value, None
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH, delayed=st.booleans())
+    def fail_with_retry(self, which: int, delayed: bool) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        delay = FAR if delayed else 0
+        job = self.settle(Settle.reschedule(held.id, held.attempt, delay, ERROR, common_of()), held)
+        if job:
+            job.state = State.SCHEDULED if delayed else State.QUEUED
+            job.retries += 1
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH)
+    def fail_for_good(self, which: int) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        job = self.settle(Settle.bury(held.id, held.attempt, DeadReason.FAILED, ERROR, common_of()), held)
+        if job:
+            job.state, job.reason = State.DEAD, DeadReason.FAILED
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH)
+    def give_back(self, which: int) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        job = self.settle(Settle.give_back(held.id, held.attempt, common_of()), held)
+        if job:
+            job.state = State.QUEUED
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH, value=st.integers(0, 100))
+    def report(self, which: int, value: int) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        job = self.holds(held)
+        answer = self.store.touch([(held.id, held.attempt, codec.encode(value), "")])
+        assert answer == [0 if job is None else 2 if job.cancel else 1]
+        if job:
+            job.progress = value
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH, data=st.binary(max_size=20))
+    def save(self, which: int, data: bytes) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        job = self.holds(held)
+        try:
+            assert self.store.save_checkpoint(held.id, held.attempt, data, uuid.uuid4().hex[:8]) == (job and job.cancel)
+        except StaleAttempt:
+            assert job is None
+        if job:
+            job.checkpoint = data
+
+    # What goes wrong
+
+    @rule(slot=SLOT, reason=REASON)
+    def lose_worker(self, slot: int, reason: str) -> None:
+        worker = self.workers[slot]
+        held = [job_id for job_id, job in self.model.items() if job.worker == worker and job.state is State.RUNNING]
+        outcomes = self.store.release(worker, reason, "gone")
+        assert set(held) == set(outcomes)
+        self.alive.discard(worker)
+        for job_id in held:
+            self.lose(self.model[job_id], reason, len(held) == 1)
+
+    @rule(slot=SLOT, want=st.integers(1, 2), times=st.integers(1, 3))
+    def crash_again_and_again(self, slot: int, want: int, times: int) -> None:
+        for _ in range(times):
+            self.fetch(slot, want, False)
+            self.lose_worker(slot, "crash")
+
+    def lose(self, job: Model, reason: str, alone: bool) -> None:
+        if job.cancel:
+            job.state, job.checkpoint = State.CANCELLED, None
+            return
+        job.state = State.QUEUED
+        if reason == "crash":
+            job.crashes += 1
+            if alone and job.crashes >= 3:
+                job.state, job.reason = State.DEAD, DeadReason.CRASHED
+        elif reason == "stall":
+            job.stalls += 1
+            if job.stalls >= 5:
+                job.state, job.reason = State.DEAD, DeadReason.STALLED
+
+    @rule(slot=SLOT, gap=st.booleans())
+    def lease_ends(self, slot: int, gap: bool) -> None:
+        worker = self.workers[slot]
+        client = self.store.connector.client
+        self.store.sweep("s", 0)
+        if worker not in self.alive:
+            return
+        client.zadd(f"{self.store.root}:workers", {worker: 1})
+        if gap:
+            client.hincrby(f"{self.store.root}:sweep", "last", -6000)
+        released = self.store.sweep("s", 0).released
+        if gap:
+            assert released == {}
+            return
+        held = {job_id for job_id, job in self.model.items() if job.worker == worker and job.state is State.RUNNING}
+        assert held == set(released)
+        self.alive.discard(worker)
+        for job_id in held:
+            self.lose(self.model[job_id], "stall", len(held) == 1)
+
+    @rule(which=WHICH)
+    def time_comes(self, which: int) -> None:
+        """What was scheduled is due."""
+        job_id = self.jobs[which % len(self.jobs)]
+        job = self.model.get(job_id)
+        if job and job.state is State.SCHEDULED:
+            self.store.connector.client.zadd(f"{self.store.root}:sched", {job_id: 1})
+            self.store.sweep("s", 0)
+            job.state = State.QUEUED
+
+    # Steering
+
+    @rule(which=WHICH)
+    def cancel(self, which: int) -> None:
+        job_id = self.jobs[which % len(self.jobs)]
+        job = self.model.get(job_id)
+        if job is None:
+            with pytest.raises(JobNotFound):
+                self.store.cancel(job_id)
+            return
+        assert self.store.cancel(job_id) is job.state
+        if job.state in (State.QUEUED, State.SCHEDULED):
+            job.state, job.checkpoint = State.CANCELLED, None
+        elif job.state is State.RUNNING:
+            job.cancel = True
+
+    @rule(which=WHICH)
+    def retry(self, which: int) -> None:
+        job_id = self.jobs[which % len(self.jobs)]
+        job = self.model.get(job_id)
+        if job is None:
+            return
+        if job.state not in (State.DEAD, State.CANCELLED):
+            with pytest.raises(InvalidTransition):
+                self.store.retry(job_id)
+            return
+        self.store.retry(job_id)
+        self.numbers += 1
+        job.number, job.state, job.cancel, job.reason = self.numbers, State.QUEUED, False, None
+        job.retries = job.crashes = job.stalls = 0
+        job.progress = job.result = None
+
+    @rule(which=WHICH)
+    def remove(self, which: int) -> None:
+        job_id = self.jobs[which % len(self.jobs)]
+        job = self.model.get(job_id)
+        running = job is not None and job.state is State.RUNNING
+        assert self.store.remove([job_id]) == (0 if running or job is None else 1)
+        if not running:
+            self.model.pop(job_id, None)
+
+    # What must hold after each step
+
+    @invariant()
+    def the_records_are_as_the_model_says(self) -> None:
+        records = self.store.records(list(self.model), full=False)
+        for (job_id, job), record in zip(self.model.items(), records, strict=True):
+            assert record is not None, job_id
+            assert (job.state, job.attempt, job.retries, job.crashes, job.stalls) == (
+                record.state, record.attempt, record.retries, record.crashes, record.stalls,
+            )  # fmt: skip
+            assert (job.reason, job.progress) == (record.dead_reason, record.progress)
+            assert (job.cancel and job.state is State.RUNNING) == (
+                record.cancel_requested_at is not None and record.state is State.RUNNING
+            )
+            assert (job.checkpoint is not None) == record.has_checkpoint
+            assert job.checkpoint == self.store.load_checkpoint(job_id)
+            if job.state is State.SUCCEEDED:
+                outcome = self.store.outcome(job_id)
+                assert outcome.result is not None
+                assert job.result == outcome.result.full
+
+    @invariant()
+    def the_indexes_say_the_same(self) -> None:
+        expected = sorted(((job.number, job_id) for job_id, job in self.model.items()), reverse=True)
+        assert [job_id for _, job_id in expected] == [record.id for record in self.store.scan(limit=3)]
+        counted: dict[State, int] = {}
+        for count in self.store.counts():
+            counted[count.state] = counted.get(count.state, 0) + count.number
+        states = [job.state for job in self.model.values()]
+        assert {state: states.count(state) for state in set(states)} == counted
+        held = {job_id: worker.id for worker in self.store.workers() for job_id in worker.jobs}
+        assert held == {job_id: job.worker for job_id, job in self.model.items() if job.state is State.RUNNING}
+
+    @invariant()
+    def positions_are_ranks(self) -> None:
+        waiting = sorted(
+            (job.priority, job.number, job_id) for job_id, job in self.model.items() if job.state is State.QUEUED
+        )
+        for rank, (_, _, job_id) in enumerate(waiting):
+            assert rank == self.store.record(job_id, full=False).position
+
+
+def run_machine(mlq: MLQ, examples: int, steps: int) -> None:
+    StoreMachine.app = mlq
+    case = StoreMachine.TestCase
+    case.settings = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+    case().runTest()
+
+
+def test_the_store_behaves_as_its_model(mlq: MLQ) -> None:
+    run_machine(mlq, examples=25, steps=30)
+
+
+@pytest.mark.faults
+def test_the_store_behaves_as_its_model_over_many_examples(mlq: MLQ) -> None:
+    run_machine(mlq, examples=500, steps=40)
