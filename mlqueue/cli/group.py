@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 import click
 
+from .. import __version__
 from ..errors import MLQueueError
 from .call import HELP, Call, common_options
 
@@ -78,8 +79,6 @@ class Group(click.Group):
 
 def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from .. import __version__  # the package's, which has been imported by now in any case
-
         click.echo(json.dumps({"version": __version__}) if ctx.find_object(Call).json else f"mlqueue {__version__}")  # type: ignore[union-attr]
         ctx.exit()
 
@@ -132,7 +131,7 @@ def _run(words: list[str], call: Call) -> int:
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except (KeyboardInterrupt, click.Abort):
-        call.talk("interrupted.")
+        call.talk("interrupted; jobs that were submitted go on.")
         return INTERRUPTED
     except click.ClickException as error:
         call.report_as(type(error).__name__, _usage_text(error), USAGE)
@@ -140,6 +139,10 @@ def _run(words: list[str], call: Call) -> int:
     except MLQueueError as error:
         call.report(error)
         return error.exit_code
+    except UnicodeEncodeError:
+        # A name goes into keys of the store, as UTF-8.
+        call.report_as("UsageError", "an argument is not valid UTF-8; check the encoding of the terminal.", USAGE)
+        return USAGE
 
 
 def _usage_text(error: click.ClickException) -> str:

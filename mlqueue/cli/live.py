@@ -13,8 +13,8 @@ from ..job import JobRecord, State
 from .call import Call
 from .text import ago, cut, duration, error_text, one_line, progress
 
-#: How wide a bar is, in characters.
-BAR: Final = 24
+#: How wide a bar is, in characters: at least, at most; and what of a line is not bar (id, state, progress).
+NARROW, WIDE, BESIDE = 8, 24, 72
 
 #: The shortest time between two lines about the progress of one job, in seconds.
 LINE_EVERY: Final = 1.0
@@ -56,14 +56,14 @@ class Bars:
         shown = list(records)
         if len(shown) > room and any(not record.state.ended for record in shown):
             shown = [record for record in shown if not record.state.ended]
-        lines = [cut(bar(record), width - 1) for record in shown[:room]]
+        lines = [cut(bar(record, width), width - 1) for record in shown[:room]]
         if len(lines) < len(records):
             ended = sum(record.state.ended for record in records)
             lines.append(f"{len(records)} jobs, {ended} of them ended")
         if all(record.state.ended for record in records):
             lines = [cut(outcome(record), width - 1) for record in records]
         back = UP.format(self._drawn) if self._drawn else "\r"
-        sys.stderr.write(back + CLEAR + NO_WRAP + "".join(line + "\n" for line in lines) + WRAP)
+        sys.stderr.write(back + CLEAR + NO_WRAP + "\n".join(lines) + WRAP + "\n")
         sys.stderr.flush()
         self._drawn = len(lines)
 
@@ -122,14 +122,15 @@ class Events:
         """Nothing to do."""
 
 
-def bar(record: JobRecord) -> str:
-    """A job's bar: id, state, bar, progress."""
+def bar(record: JobRecord, width: int) -> str:
+    """A job's bar for a screen of this width: id, state, bar, progress."""
     if record.state.ended:
         return outcome(record)
     value = record.progress
     percent = float(value) if isinstance(value, int | float) and 0 <= value <= 100 else 0.0
-    full = round(BAR * percent / 100)
-    return f"{record.id}  {status(record):<10} [{'#' * full}{'-' * (BAR - full)}] {progress(record)}".rstrip()
+    size = max(NARROW, min(WIDE, width - BESIDE))
+    full = round(size * percent / 100)
+    return f"{record.id}  {status(record):<10} [{'#' * full}{'-' * (size - full)}] {progress(record)}".rstrip()
 
 
 def line(record: JobRecord) -> str:

@@ -197,7 +197,7 @@ def _attempt(attempt: Attempt) -> str:
 
 @command()
 def stats(call: Call) -> None:
-    """Count jobs by state, queue and actor, and list the workers with the jobs that they hold."""
+    """Count jobs, and list the workers: by state, queue and actor; with the jobs that each worker holds."""
     store = open_store(call)
     counts = store.counts()
     workers = store.workers()

@@ -10,7 +10,7 @@ from .text import on_terminal, table
 
 @command()
 def settings(call: Call) -> None:
-    """Show all settings, their values, and where each is from: an environment variable, an option, the default.
+    """Show all settings and where each is from: an environment variable, an option, the default.
 
     Passwords are masked. Lines of variable, value and source, parted by tabs, where stdout is no terminal.
     """

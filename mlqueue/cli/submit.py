@@ -88,6 +88,7 @@ def submit(
     """
     if job_id is not None:
         check_id(job_id)
+    actor = actor.removeprefix(MARK)
     args = tuple(from_text(text.removeprefix(MARK)) for text in arguments)
     keywords = _keywords(kwargs) | _files(files, call.settings.max_message_bytes)
     options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None}
@@ -191,7 +192,10 @@ def _warn_if_unknown(call: Call, store: Store, actor: str, queue: str) -> None:
     workers = store.workers()
     known = {name for worker in workers for name in worker.info.get("actors", ())}
     if not workers:
-        call.talk("no worker is alive; the job waits until one is started: mlqueue worker MODULE")
+        call.talk(
+            f"no worker of the namespace {store.namespace!r} is alive; the job waits until one is started: mlqueue "
+            "worker MODULE"
+        )
     elif actor not in known:
         close = difflib.get_close_matches(actor, known, n=1)
         hint = f" Did you mean {close[0]}?" if close else f" They know {', '.join(sorted(known))}." if known else ""

@@ -23,7 +23,7 @@ def clean(text: object) -> str:
 
 def one_line(text: object) -> str:
     """The text on one line, its runs of white space being one space."""
-    return clean(" ".join(str(text).split()))
+    return " ".join(clean(text).split())
 
 
 def clean_lines(text: str) -> str:

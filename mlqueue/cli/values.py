@@ -70,7 +70,9 @@ def _not_json(name: str) -> NoReturn:
 
 
 def _numpy(value: Any) -> Any:
-    if value.shape == () and value.dtype.kind in NUMBERS and value.dtype.itemsize <= 8 and not hasattr(value, "fill"):
+    # A scalar cannot be written to; an array of shape () can.
+    is_scalar = value.shape == () and not hasattr(value, "__setitem__")
+    if is_scalar and value.dtype.kind in NUMBERS and value.dtype.itemsize <= 8:
         return plain(value.item())
     dtype = value.dtype.str if value.dtype.names is None else value.dtype.descr
     return {"$ndarray": {"dtype": plain(dtype), "shape": list(value.shape), "data": _base64(value.tobytes("C"))}}

@@ -21,6 +21,12 @@ from .opening import open_store
 #: How often all is read again though no job has changed, in seconds: the positions of those that wait do.
 REFRESH: Final = 1.0
 
+#: To how many jobs is listened; those beyond are seen at the next REFRESH.
+LISTENERS: Final = 50
+
+#: How long a listener listens before it sees whether it is still needed, in seconds.
+LISTEN: Final = 0.5
+
 #: The shortest time between two looks, in seconds.
 FRAME: Final = 0.05
 
@@ -45,12 +51,24 @@ def follow(call: Call, store: Store, job_ids: Sequence[str], timeout: float | No
     """Shows jobs until all have ended; their last records. Raises `JobNotFound`, `ResultTimeout`."""
     _records(store, job_ids)
     screen = screen_for(call)
-    rung = threading.Event()
-    for job_id in job_ids:
-        threading.Thread(target=_listen, args=(store, job_id, rung), name="mlqueue-watch", daemon=True).start()
+    rung, over = threading.Event(), threading.Event()
+    listeners = [
+        threading.Thread(target=_listen, args=(store, job_id, rung, over), name="mlqueue-watch", daemon=True)
+        for job_id in job_ids[:LISTENERS]
+    ]
+    for listener in listeners:
+        listener.start()
     try:
         return _show(store, job_ids, timeout, screen, rung)
+    except KeyboardInterrupt:
+        # Nobody is kept waiting who has asked for the end; they are daemons.
+        listeners.clear()
+        raise
     finally:
+        over.set()
+        for listener in listeners:
+            # Left alone, one would look into a store that has been closed, which would start it again.
+            listener.join()
         screen.close()
 
 
@@ -85,11 +103,14 @@ def _records(store: Store, job_ids: Sequence[str]) -> list[JobRecord]:
     return found
 
 
-def _listen(store: Store, job_id: str, rung: threading.Event) -> None:
+def _listen(store: Store, job_id: str, rung: threading.Event, over: threading.Event) -> None:
     """Rings when the job changes. An error here is one of the main thread too, which looks anyway."""
     try:
-        for _ in changes(store, job_id):
-            rung.set()
+        while not over.is_set():
+            for state in changes(store, job_id, LISTEN):
+                rung.set()
+                if state.ended or over.is_set():
+                    return
     except MLQueueError:
         rung.set()
 
