@@ -124,9 +124,10 @@ class StoreBroker(Broker):
         An id that the store has already is left as it is. Called by a middleware after an actor call, the message
         is created together with that job's end; for the job in hand it asks for a retry.
         """
-        settling: Any = getattr(self._local, "settling", None)
+        settling: Delivery | None = getattr(self._local, "settling", None)
+        given: object = message  # what Dramatiq's hooks pass here as a message may be its proxy
         self.emit_before("enqueue", message, delay)
-        if settling is not None and message is settling:
+        if settling is not None and settling is given:
             settling.retry_delay = (delay or 0) / 1000
         else:
             self._create([message], delay)
@@ -355,11 +356,12 @@ class StoreBroker(Broker):
         # Left in place, the stopped worker's own middleware would start a consumer for the next queue that is declared.
         self.middleware = [item for item in self.middleware if getattr(item, "worker", None) is not worker]
         pump, self.pump, self.worker = self.pump, None, None
-        if pump is not None:
-            pump.end()
         if self._helper is not None:
+            # Before the worker is released: a beat after that would make it known again.
             self._helper.stop()
             self._helper = None
+        if pump is not None:
+            pump.end()
 
     @property
     def stopping(self) -> bool:

@@ -169,7 +169,7 @@ class Child:
             self.channel.send("failed", text=explain(error))
             return EXIT_BOOT
         self.channel.send("ready")
-        reason = self._work(self.app.broker)
+        reason = self._work(self.app.broker, worker)
         logger.info("stopping: %s", reason)
         self._stop(self.app, worker)
         self.channel.send("bye", reason=reason, ran=self.jobs.count)
@@ -210,7 +210,7 @@ class Child:
         worker.start()
         return worker
 
-    def _work(self, broker: StoreBroker) -> str:
+    def _work(self, broker: StoreBroker, worker: dramatiq.Worker) -> str:
         """Returns when the worker is to stop: why."""
         idle_since = time.monotonic()
         while True:
@@ -220,7 +220,8 @@ class Child:
                 idle_since = now
             if self._terminated:
                 return "drain"
-            if broker.broken.is_set():
+            # The broker counts its threads when it fetches, which may be a while.
+            if broker.broken.is_set() or not all(thread.is_alive() for thread in worker.workers):
                 return "broken"
             if self.order.only_alone and now > idle_since + IDLE_LIMIT:
                 return "idle"

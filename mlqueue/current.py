@@ -21,6 +21,9 @@ T = TypeVar("T")
 #: The largest checkpoint, in bytes.
 MAX_CHECKPOINT: Final = 2**31
 
+#: How often `CurrentJob.track` reports, in seconds.
+TRACK_INTERVAL: Final = 0.02
+
 
 class CurrentJob:
     """The job in hand. Valid while it runs; got by `current_job()`."""
@@ -85,16 +88,15 @@ class CurrentJob:
         """Yields the items and reports percent done. `total` is taken from ``len(items)`` when it has one."""
         if total is None:
             total = len(items) if isinstance(items, Sized) else None
-        reported = 0.0
+        reported_at, reported, done = 0.0, 0, 0
         for done, item in enumerate(items, 1):
             yield item
             now = time.monotonic()
-            if now - reported >= 0.02 or done == total:
-                reported = now
-                if total:
-                    self.progress(min(100.0, 100 * done / total), note)
-                else:
-                    self.progress(done, note)
+            if now - reported_at >= TRACK_INTERVAL or done == total:
+                reported_at, reported = now, done
+                self.progress(min(100.0, 100 * done / total) if total else done, note)
+        if done != reported:
+            self.progress(min(100.0, 100 * done / total) if total else done, note)
 
     def save_checkpoint(self, value: object) -> None:
         """Keeps a value (anything the codec carries, arrays included, of any size) until the job succeeds.

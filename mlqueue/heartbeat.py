@@ -54,13 +54,16 @@ RETRY_PAUSE: Final = 0.5
 LOOK_INTERVAL: Final = 0.5
 
 #: How long a helper tries to release its dead parent's jobs, in seconds.
-LAST_WORDS: Final = 4.0
+LAST_WORDS: Final = 3.0
 
 #: How long a helper has to end when it is told to, in seconds.
 STOP_PATIENCE: Final = 2.0
 
 #: The shortest and the longest pause before a helper that died is started again, in seconds.
 RESTART_PAUSES: Final = (0.2, 30.0)
+
+#: A helper ends with its host. A stop of a whole service signals both, and the host has jobs to finish first.
+IGNORED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: What the host writes to its helper when its worker has been stopped in order.
 GOODBYE: Final = b"q"
@@ -249,7 +252,7 @@ class HeartbeatHelper:
                 return
             try:
                 process = subprocess.Popen(
-                    interpreter_command("mlqueue.heartbeat"),
+                    interpreter_command("mlqueue.heartbeat", ignoring=IGNORED),
                     bufsize=0,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
@@ -317,9 +320,6 @@ def load_settings(values: dict[str, Any]) -> Settings:
 
 def main() -> None:
     """Beats for the parent's worker until the parent says goodbye, or is gone."""
-    # It ends with its parent. A stop of the whole service signals both, and the parent has jobs to finish first.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
     logging.raiseExceptions = False
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s [heartbeat] %(levelname)s %(name)s: %(message)s")
     line = _read_line()

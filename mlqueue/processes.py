@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,14 +77,16 @@ def resident_bytes() -> int | None:
         return int(kilobytes) * 1024 if kilobytes.isdigit() else None
 
 
-def interpreter_command(module: str, *arguments: str) -> list[str]:
-    """The command that runs ``main()`` of a module of ours in a new interpreter.
+def interpreter_command(module: str, *arguments: str, ignoring: Iterable[signal.Signals] = ()) -> list[str]:
+    """The command that runs ``main()`` of a module of ours in a new interpreter, which ignores those signals.
 
     Not ``-m``, since the package imports some of these modules itself, and because the package must be found from
     wherever this process has it, while a ``random.py`` in the current folder must not be found.
     """
     root = str(Path(__file__).resolve().parent.parent)
-    code = f"import sys; sys.path.append({root!r}); from {module} import main; main()"
+    # Before the imports, which take a while.
+    ignore = "".join(f"signal.signal({int(signum)}, signal.SIG_IGN); " for signum in ignoring)
+    code = f"import signal, sys; {ignore}sys.path.append({root!r}); from {module} import main; main()"
     return [_interpreter(), "-P", "-c", code, *arguments]
 
 

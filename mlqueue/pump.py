@@ -100,6 +100,8 @@ class Pump:
         self._unsettled: list[Unsettled] = []
         self._committing = 0
         self._started = False
+        #: Whether the store has still to be told which queues and actors this worker has.
+        self._unknown = True
         #: Whether the worker is being drained: turns only settle.
         self.stopping = False
         self._stopping_since = 0.0
@@ -160,6 +162,8 @@ class Pump:
                     return ready.popleft()
                 remaining = deadline - time.monotonic()
                 if ready is None or remaining <= 0:
+                    if self.crew is not None:
+                        self.crew.free(0)  # it looks whether all threads are alive
                     return None
                 if self._leader is not None:
                     self._condition.wait(remaining)
@@ -233,7 +237,7 @@ class Pump:
 
     def lanes_changed(self) -> None:
         """There are other lanes to fetch from: an actor has been declared, or a queue's consumer has begun."""
-        self._rung = True
+        self._rung = self._unknown = True
         self.wake()
 
     def commit(self) -> None:
@@ -362,8 +366,13 @@ class Pump:
     def _turn(self, prefetch: int) -> None:
         if self._connection is None:
             self._connection = self.store.connector.connection()
-        if not self._started:
-            self._hello()
+        if self._unknown:
+            self._unknown = False  # before it is told: an actor may be declared meanwhile
+            try:
+                self._hello()
+            except BaseException:
+                self._unknown = True
+                raise
             self._started = True
         if self._pending is None:
             with self._condition:
@@ -406,8 +415,7 @@ class Pump:
         # Hungry: more is there than this worker had threads for, so it asks again when one is free.
         self._hungry = turn.left
         if not turn.known:
-            self._started = False
-            self._rung = True
+            self._unknown = self._rung = True
         bad: list[tuple[Held, Exception]] = []
         with self._condition:
             for held in turn.jobs:

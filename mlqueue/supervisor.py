@@ -37,13 +37,14 @@ __all__ = ["Supervisor"]
 
 logger = logging.getLogger("mlqueue.supervisor")
 
-#: The first pause before a child is started again, in seconds; it doubles with each failure.
+#: The first and the longest pause before a child is started again, in seconds; it doubles with each failure.
 FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 30.0
 
-#: The longest pause for a child that cannot boot, and for one that has worked: jobs that kill it are bounded by their
-#: strikes, while a module that cannot be imported fails for ever.
-LONGEST_BOOT_PAUSE: Final = 30.0
-LONGEST_CRASH_PAUSE: Final = 2.0
+#: The longest pause, in seconds, of a child that has worked, until it has failed so often: what it ran waits, and jobs
+#: that kill it are bounded by their strikes, while a module that cannot be imported fails for ever.
+CRASH_PAUSE: Final = 0.5
+CRASHES: Final = 20
 
 #: How long a child must have worked for its failures to be forgotten, in seconds.
 HEALTHY_AFTER: Final = 60.0
@@ -354,7 +355,7 @@ class Supervisor:
         except OSError as error:
             ours.close()
             logger.error("worker %d cannot be spawned: %s", seat.number, error)
-            self._schedule(seat, LONGEST_BOOT_PAUSE)
+            self._schedule(seat, LONGEST_PAUSE)
             return
         finally:
             theirs.close()
@@ -475,11 +476,11 @@ class Supervisor:
                 if len(self._hopeless) == len(self._seats):
                     self._give_up(how)
                     return
-            self._schedule(child.seat, LONGEST_BOOT_PAUSE)
+            self._schedule(child.seat, restart_pause(child.seat.failures, worked=False))
         else:
             if time.monotonic() - child.ready_at >= HEALTHY_AFTER:
                 child.seat.failures = 0
-            self._schedule(child.seat, LONGEST_CRASH_PAUSE)
+            self._schedule(child.seat, restart_pause(child.seat.failures, worked=True))
 
     def _replace_extra(self, child: _Child) -> None:
         if child.ran or (child.ready_at is not None and child.bye is None):
@@ -489,8 +490,7 @@ class Supervisor:
             self._extra_pause = min(max(FIRST_ALONE_PAUSE, 2 * self._extra_pause), LONGEST_ALONE_PAUSE)
         self._extra_after = time.monotonic() + max(self._extra_pause, FIRST_PAUSE)
 
-    def _schedule(self, seat: _Seat, longest: float) -> None:
-        pause = min(FIRST_PAUSE * 2 ** min(seat.failures, 20), longest)
+    def _schedule(self, seat: _Seat, pause: float) -> None:
         seat.failures += 1
         seat.due = time.monotonic() + pause
         logger.info("worker %d starts again in %.1f s", seat.number, pause)
@@ -544,6 +544,15 @@ def release_lost(store: Store) -> None:
         if info.get("place") == place() and isinstance(pid, int) and born_at is not None and is_gone(pid, born_at):
             outcomes = store.release(worker.id, "stall", "its worker was lost together with its supervisor")
             logger.warning("worker %s (pid %d) was lost: %s", worker.id, pid, in_words(outcomes))
+
+
+def restart_pause(failures: int, *, worked: bool) -> float:
+    """How long to wait, in seconds, before a child is started again that has failed so often before."""
+    if not worked:
+        return min(FIRST_PAUSE * 2.0 ** min(failures, 20), LONGEST_PAUSE)
+    if failures < CRASHES:
+        return min(FIRST_PAUSE * 2.0**failures, CRASH_PAUSE)
+    return min(CRASH_PAUSE * 2.0 ** min(failures - CRASHES, 20), LONGEST_PAUSE)
 
 
 def how_it_ended(code: int) -> str:

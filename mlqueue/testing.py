@@ -45,7 +45,6 @@ from typing import Any, Final, cast
 from unittest import mock
 
 import dramatiq
-import dramatiq.asyncio
 import dramatiq.broker
 from dramatiq.broker import Consumer, MessageProxy
 from dramatiq.worker import ConsumerThread, WorkerThread
@@ -248,18 +247,14 @@ def eager(mlq: MLQ) -> Iterator[None]:
         create(messages, delay)
         runner.run()
 
-    own_loop = dramatiq.asyncio.get_event_loop_thread() is None
-    if own_loop:
-        AsyncIO().before_worker_boot(broker, cast(Any, None))
+    loop = AsyncIO()
+    loop.before_worker_boot(broker, cast(Any, None))
     try:
         with mock.patch.object(broker, "_create", create_and_run):
             yield
     finally:
         runner.close()
-        thread = dramatiq.asyncio.get_event_loop_thread()
-        if own_loop and thread is not None:
-            thread.stop()
-            dramatiq.asyncio.set_event_loop_thread(None)
+        loop.after_worker_shutdown(broker, cast(Any, None))
 
 
 class _Eager:

@@ -54,7 +54,7 @@ class Bell:
         self._connection: Any = None
         self._server: threading.Thread | None = None
         self._asynchronous = 0
-        self._closing = False
+        self._closings = 0
 
     def subscribe(self, job_id: str, notify: Callable[[], None] | None = None) -> Subscription:
         """Begins to listen for a job; `notify` is called in some thread at each ring."""
@@ -79,12 +79,13 @@ class Bell:
 
     def wait(self, subscription: Subscription, rings: int, deadline: float) -> bool:
         """Waits until the bell has rung more than `rings` times for the job, or `deadline` (monotonic)."""
+        closings = self._closings
         while True:
             with self._condition:
                 if subscription.rings > rings:
                     return True
                 remaining = deadline - time.monotonic()
-                if remaining <= 0:
+                if remaining <= 0 or self._closings != closings:
                     return False
                 if self._led:
                     self._condition.wait(remaining)
@@ -99,16 +100,21 @@ class Bell:
 
     def _listen(self, remaining: float) -> None:
         """Blocks on the bell until it rings once, and tells whom it concerns."""
+        closings = self._closings
         try:
             with translated(self._store.connector.where):
                 if self._connection is None:
                     self._connection = self._store.connector.connection()
+                if self._closings != closings:
+                    self._drop()
+                    return
                 self._connection.send_command(
                     "BLPOP", self._store.own_bell(self.name), max(0.001, min(remaining, SLICE))
                 )
                 answer = self._connection.read_response()
         except StoreError:
-            if self._closing:
+            if self._closings != closings:
+                self._drop()
                 return
             # The caller looks again by itself before long; a call that cannot reach the store says so then.
             self._drop()
@@ -134,18 +140,14 @@ class Bell:
     def close(self) -> None:
         """Ends the wait that is under way, and lets the connection go. The bell can be used again."""
         with self._condition:
-            self._closing = True
-            connection = self._connection
+            self._closings += 1
             self._condition.notify_all()
             if self._led:
-                if connection is not None:
-                    _shut(connection)
+                if self._connection is not None:
+                    _shut(self._connection)
                 self._condition.wait_for(lambda: not self._led, timeout=1)
-            self._drop()
-            self._closing = False
-        server = self._server
-        if server is not None and not self._asynchronous:
-            server.join(1)
+            if not self._led:
+                self._drop()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -160,12 +162,14 @@ class Bell:
     def _serve(self) -> None:
         """Leads, as long as coroutines wait."""
         nothing = Subscription("")
+        closings = self._closings
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._asynchronous or self._closing, timeout=10)
+                self._condition.wait_for(lambda seen=closings: self._asynchronous or self._closings != seen, timeout=10)
                 if not self._asynchronous:
                     self._server = None
                     return
+                closings = self._closings
             try:
                 self.wait(nothing, 0, time.monotonic() + SLICE)
             except ReferenceError:

@@ -115,7 +115,7 @@ def nothing_left_behind() -> Iterator[None]:
     deadline = time.monotonic() + PATIENCE
     while True:
         gc.collect(0)
-        left = [now - then for now, then in zip((threads(), children(), sockets()), before, strict=True)]
+        left = threads() - before[0], children() - before[1], sockets() - before[2]
         if not any(left):
             return
         if time.monotonic() > deadline:

@@ -75,7 +75,8 @@ def test_drain_runs_jobs_their_children_and_their_retries_without_waiting_for_th
         seen.append((n, mlqueue.current_job().attempt))
         if mlqueue.current_job().attempt < 3:
             raise ValueError(n)
-        return child.submit(n).id and n
+        child.submit(n)
+        return n
 
     @mlq.actor
     def child(n: int) -> int:
@@ -116,7 +117,7 @@ def test_drain_takes_one_queue_and_leaves_jobs_of_unknown_actors_and_if_told_tho
     @mlq.actor(queue_name="other")
     def there() -> None: ...
 
-    left = [there.submit(), mlq.submit("nobody_knows"), here.submit(delay=3600)]
+    left = [there.submit(), mlq.submit("nobody_knows"), here.with_options(delay=3600).submit()]
     ran = here.submit()
     assert [record.id for record in drain(mlq, ["default"], delayed=False)] == [ran.id]
     assert [job.state for job in left] == ["queued", "queued", "scheduled"]
@@ -195,7 +196,9 @@ def test_eager_runs_what_a_job_submits_and_the_pipeline_it_stands_in(mlq: MLQ) -
 
     with eager(mlq):
         assert outer.submit(4).result(timeout=0) == 5
-        pipe = dramatiq.pipeline([add.message(1, 2), increment.message(), increment.message()], broker=mlq.broker)
+        pipe = dramatiq.pipeline(
+            [add.message(1, 2), *(increment.message_with_options() for _ in range(2))], broker=mlq.broker
+        )
         assert pipe.run().get_result() == 5
 
 
@@ -205,7 +208,7 @@ def test_eager_leaves_jobs_with_a_delay_scheduled(mlq: MLQ) -> None:
         return 1
 
     with eager(mlq):
-        job = later.submit(delay=3600)
+        job = later.with_options(delay=3600).submit()
         assert job.state is State.SCHEDULED
     drain(mlq)
     assert job.result(timeout=0) == 1

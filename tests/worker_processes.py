@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dramatiq
+import dramatiq.broker
+
 from mlqueue import MLQ, Settings
 
 T = TypeVar("T")
@@ -129,15 +132,18 @@ def is_alive(pid: int) -> bool:
 class Site:
     """A user's folder with a module of jobs, a namespace of its own, and supervisors running there."""
 
-    def __init__(self, folder: Path, home: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, server: Settings, **settings: Any) -> None:
         self.folder = folder
         self.namespace = f"test-{uuid.uuid4().hex[:8]}"
-        #: All of it, as the processes have it. An URL of the environment stays.
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("MLQUEUE_")}
-        if "MLQUEUE_URL" in os.environ:
-            self.environment["MLQUEUE_URL"] = os.environ["MLQUEUE_URL"]
-        self.environment["MLQUEUE_HOME"] = str(home)
-        self.environment |= {f"MLQUEUE_{name.upper()}": str(value) for name, value in settings.items()}
+        #: All of it, as the processes have it.
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("MLQUEUE_") and name != "REDIS_URL"
+        }
+        given = {"url": server.url} if server.url else {"home": server.home}
+        self.environment |= {f"MLQUEUE_{name.upper()}": str(value) for name, value in (given | settings).items()}
+        self._global_broker = dramatiq.broker.global_broker
         self.mlq = MLQ(self.namespace, settings=Settings.load(self.environment))
         (folder / "jobs.py").write_text(MODULE.format(namespace=self.namespace))
         self._running: list[subprocess.Popen[bytes]] = []
@@ -182,11 +188,11 @@ class Site:
     def wait_started(self, *jobs: Any, attempt: int = 1, timeout: float = 10.0) -> list[dict[str, Any]]:
         """Waits until each job has started so often; the events."""
 
-        def found() -> list[dict[str, Any]] | None:
+        def found() -> list[dict[str, Any]]:
             starts = {item["job"]: item for item in self.events(event="start") if item["attempt"] == attempt}
-            return [starts[job.id] for job in jobs] if all(job.id in starts for job in jobs) else None
+            return [starts[job.id] for job in jobs] if all(job.id in starts for job in jobs) else []
 
-        return wait_for(found, timeout, self.logs)  # type: ignore[return-value]
+        return wait_for(found, timeout, self.logs)
 
     def logs(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.folder.glob("log-*")))
@@ -196,7 +202,10 @@ class Site:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        self.mlq.broker.close()
+        for key in self.mlq.client.scan_iter(f"{self.mlq.store.root}:*", count=1000):
+            self.mlq.client.unlink(key)
+        self.mlq.close()
+        dramatiq.broker.global_broker = self._global_broker
 
 
 class Supervised:

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- Renews the leases of workers. ARGV: lease in ms, then the workers. Returns how many jobs wait to be run alone in a
--- lane that one of these workers serves (their supervisor then starts a child for it).
+-- Renews the leases of workers. ARGV: lease in ms, then the workers. Returns how many jobs wait to be run
+-- alone, of whatever lane: a supervisor then starts a child for them, less and less often when it gets none.
 for i = 2, #ARGV do
   call('ZADD', R .. ':workers', NOW + tonumber(ARGV[1]), ARGV[i])
 end

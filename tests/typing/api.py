@@ -1,0 +1,93 @@
+"""What users write, as a type checker sees it. Never run; a test checks it with mypy, strict.
+
+A line with ``type: ignore`` is one that has to be an error: mypy says so when the comment is not needed.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from typing import Any, assert_type
+
+import dramatiq
+
+import mlqueue
+from mlqueue import CurrentJob, Job, JobEvent, JobFailed, JobRecord, Result, State
+from mlqueue.testing import drain, eager, isolated, temporary_app
+
+mlq = mlqueue.MLQ("vision")
+
+
+@mlq.actor
+def train(lr: float, epochs: int = 10) -> str:
+    job = mlqueue.current_job()
+    assert_type(job, CurrentJob)
+    for epoch in job.track(range(epochs), note="epochs"):
+        assert_type(epoch, int)
+        job.progress(100 * epoch / epochs, f"epoch {epoch}")
+        job.save_checkpoint({"epoch": epoch})
+        if job.stopping:
+            job.hand_back()
+    return f"{lr}"
+
+
+@mlq.actor(queue_name="images", max_retries=5, priority=-1, time_limit=60_000, throws=ValueError, sync_ack=True)
+def classify(image: bytes) -> Result:
+    return Result(short="cat", full=image, content_type="image/png")
+
+
+@mlq.actor
+async def fetch(url: str) -> bytes:
+    return url.encode()
+
+
+@mlq.actor(actor_name="other")
+async def fetch_with_options(url: str) -> int:
+    return len(url)
+
+
+# submit takes what the function takes, and gives a job of what it returns.
+assert_type(train.submit(0.1, epochs=3), Job[str])
+assert_type(train.submit(0.1).result(timeout=60), str)
+assert_type(train(0.1), str)
+assert_type(classify.submit(b"").result(), Result)
+assert_type(fetch.submit("http://").result(), bytes)
+assert_type(fetch_with_options.submit("http://").result(datetime.timedelta(seconds=1)), int)
+assert_type(train.send(0.1), dramatiq.Message[str])
+train.submit("much")  # type: ignore[arg-type]
+train.submit(0.1, epoch=3)  # type: ignore[call-arg]
+train.submit()  # type: ignore[call-arg]
+
+# with_options keeps the types.
+later = train.with_options(delay=datetime.timedelta(minutes=1), tags=["night"], priority=3, job_id="one")
+assert_type(later.submit(0.1, epochs=3), Job[str])
+later.submit(0.1, epochs="three")  # type: ignore[arg-type]
+train.with_options(delay="1 minute")  # type: ignore[arg-type]
+assert_type(train.submit_many([(0.1,), {"lr": 0.2, "epochs": 3}]), list[Job[str]])
+assert_type(later.submit_many([(0.1, 2)]), list[Job[str]])
+
+# By name nothing is known of arguments and results.
+assert_type(mlq.submit("elsewhere", 1, 2, x=3), Job[Any])
+assert_type(mlq.job("id"), Job[Any])
+
+
+def look(job: Job[str]) -> None:
+    assert_type(job.state, State)
+    assert_type(job.record, JobRecord)
+    assert_type(job.progress, int | float | str | None)
+    assert_type(job.position, int | None)
+    assert_type(job.short_result, bool | int | float | str | None)
+    assert_type(job.exception(timeout=1), JobFailed | None)
+    assert_type(job.wait(1.5), bool)
+    assert_type(job.events(), Iterator[JobEvent])
+    anything: Job[object] = job  # a job of str is one of object
+    anything.cancel()
+
+
+async def use(job: Job[str]) -> None:
+    assert_type(await job, str)
+
+
+def tested() -> None:
+    with temporary_app() as app, eager(app), isolated(mlq):
+        assert_type(drain(app, ["default"], timeout=3), list[JobRecord])
