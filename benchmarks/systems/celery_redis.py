@@ -56,5 +56,3 @@ def command(processes: int, threads: int) -> list[str]:
     # Its processes have one thread each; as many run as the others have threads in all would only slow it down.
     command = [sys.executable, "-m", "celery", "-A", "benchmarks.systems.celery_redis", "worker"]
     return [*command, "-c", str(processes), "--loglevel", "ERROR"]
-
-

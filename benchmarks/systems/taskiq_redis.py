@@ -11,7 +11,7 @@ from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
 
 name = "Taskiq"
 URL = os.environ["BENCH_URL"]
-broker = RedisStreamBroker(url=URL).with_result_backend(RedisAsyncResultBackend(redis_url=URL))
+broker = RedisStreamBroker(url=URL, consumer_id="0").with_result_backend(RedisAsyncResultBackend(redis_url=URL))
 _loop: asyncio.AbstractEventLoop | None = None
 
 
