@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all that a fresh machine needs (python3 >= 3.11 with venv, make).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The environment is made anew only when what is to be installed has changed.
+READY := $(VENV)/ready
+
+.PHONY: demo test faults faults-long lint types docs-test bench clean
+
+demo: $(READY)
+	"$(BIN)/python" -m tasks.demo
+
+test: $(READY)
+	"$(BIN)/python" -m pytest -q
+
+faults: $(READY)
+	"$(BIN)/python" -m pytest -q -s -m "faults and not faults_long"
+
+faults-long: $(READY)
+	MLQUEUE_TEST_LONG=1 "$(BIN)/python" -m pytest -q -s -m "faults or faults_long"
+
+lint: $(READY)
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+
+types: $(READY)
+	"$(BIN)/mypy"
+
+docs-test: $(READY)
+	"$(BIN)/python" -m pytest -q tests/test_docs.py
+
+bench: $(READY)
+	"$(BIN)/python" -m pip install -q -r benchmarks/requirements.txt
+	"$(BIN)/python" benchmarks/queue.py --systems all
+
+clean:
+	rm -rf $(VENV) out .mlqueue
+
+$(READY): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mlqueue needs Python 3.11 or newer; this is %s. Say which: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	"$(BIN)/python" -m pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $(READY)
