@@ -86,7 +86,8 @@ class Delivery(MessageProxy):
         job_id, attempt = self.held.id, self.held.attempt
         exception, failed = self._exception, self.failed
         common = common_of(self.progress, self.spawned, self.group)
-        if isinstance(exception, HandBack) or (isinstance(exception, Shutdown) and not failed):
+        if isinstance(exception, HandBack | Shutdown):
+            # Whatever Retries has made of it: the worker ends, the job has not failed.
             return Settle.give_back(job_id, attempt, common_of(self.progress))
         if not failed and self.retry_delay is not None:
             return Settle.reschedule(job_id, attempt, self.retry_delay, self.error(), common)

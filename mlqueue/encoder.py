@@ -43,4 +43,4 @@ class MessageEncoder(Encoder):
             what = f"a message is a dict; these bytes are a {type(message).__name__}"
         except DecodeError as error:
             what, cause = str(error), error
-        raise DramatiqDecodeError(what, data, cause) from cause  # type: ignore[no-untyped-call]
+        raise DramatiqDecodeError(what, data, cause) from cause

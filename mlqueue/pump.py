@@ -114,6 +114,8 @@ class Pump:
         #: What the outstanding pop waits for: nothing, its own bell, or the lanes' bells too.
         self._armed = ""
         self._armed_lanes: list[tuple[str, str]] = []
+        #: When the answer to the outstanding pop is overdue, so that nobody can be at the other end.
+        self._armed_until = 0.0
         self._tls = False
         self._full_since: float | None = None
         self._ended = False
@@ -446,6 +448,7 @@ class Pump:
             self._unsettled.append(Unsettled(settle))
 
     def _answered(self, batch: list[Unsettled], refused: list[tuple[int, str]]) -> None:
+        open_: list[Unsettled] = []
         for index, answer in refused:
             entry = batch[index]
             if answer == "stale":
@@ -456,28 +459,37 @@ class Pump:
                     entry.settle.attempt,
                     entry.settle.id,
                 )
-            else:
-                self._settle_alone(entry, answer)
+            elif not self._settled_alone(entry, answer):
+                open_.append(entry)
         for entry in batch:
-            if entry.committed is not None:
+            if entry.committed is not None and entry not in open_:
                 entry.committed.set()
+        if open_:
+            with self._condition:
+                self._unsettled.extend(open_)
         if batch:
             with self._condition:
                 self._condition.notify_all()
 
-    def _settle_alone(self, entry: Unsettled, answer: str) -> None:
-        """A settle that the store refused is sent once more by itself; then the job is dead as unstorable."""
+    def _settled_alone(self, entry: Unsettled, answer: str) -> bool:
+        """A settle that the store refused is sent once more by itself; then the job is dead as unstorable. False when
+        the store could not be asked."""
         settle = entry.settle
-        refused = self.store.settle([settle])
-        if not refused or refused[0][1] == "stale":
-            return
-        logger.error("job %s could not be settled: %s", settle.id, answer)
-        error = JobError(type="", message=f"the store would not take what it ended with: {refused[0][1]}")
-        refused = self.store.settle(
-            [Settle.bury(settle.id, settle.attempt, DeadReason.UNSTORABLE, error, common_of())],
-        )
+        try:
+            refused = self.store.settle([settle])
+            if not refused or refused[0][1] == "stale":
+                return True
+            logger.error("job %s could not be settled: %s", settle.id, answer)
+            error = JobError(type="", message=f"the store would not take what it ended with: {refused[0][1]}")
+            refused = self.store.settle(
+                [Settle.bury(settle.id, settle.attempt, DeadReason.UNSTORABLE, error, common_of())],
+            )
+        except StoreError as failure:
+            logger.warning("job %s waits to be settled by itself: %s", settle.id, failure)
+            return False
         if refused:
             logger.critical("job %s could not even be buried: %s", settle.id, refused[0][1])
+        return True
 
     def _lost(self, error: Exception, deadline: float) -> None:
         """The store did not answer: drop the connections and wait a little. What was asked stays to be asked."""
@@ -525,6 +537,8 @@ class Pump:
                 _drain(self._wake_read)
             if len(readable) > (self._wake_read in readable):
                 self._hear()
+            elif self._armed and time.monotonic() > self._armed_until:
+                raise redis.TimeoutError("a pop that was to end after its timeout was not answered")
         except Exception as error:  # noqa: BLE001 - see _lead
             self._lost(error, deadline)
 
@@ -551,6 +565,7 @@ class Pump:
             self._tls = isinstance(self._bell, redis.SSLConnection)
         keys = [self.store.own_bell(self.worker), *map(self.store.bell, lanes)]
         self._bell.send_command("BLPOP", *keys, SLICE)
+        self._armed_until = now + SLICE + self.store.settings.socket_timeout
         self._armed = "lanes" if lanes else "own"
         self._armed_lanes = lanes
         return float("inf")

@@ -26,6 +26,9 @@ from .store.connection import translated
 #: How long the leader blocks at most before it looks around, in seconds.
 SLICE: Final = 5.0
 
+#: How long the thread that serves coroutines stays when none waits, in seconds.
+LINGER: Final = 10.0
+
 #: How long a waiter trusts that a bell will ring, before it registers and looks again, in seconds. A server that was
 #: killed may have lost the bell of the last second.
 LOOK_AGAIN: Final = 5.0
@@ -165,7 +168,8 @@ class Bell:
         closings = self._closings
         while True:
             with self._condition:
-                self._condition.wait_for(lambda seen=closings: self._asynchronous or self._closings != seen, timeout=10)
+                if not self._asynchronous and self._closings == closings:
+                    self._condition.wait(LINGER)
                 if not self._asynchronous:
                     self._server = None
                     return

@@ -32,9 +32,7 @@ def _draw_curve(axes: Any, history: list[dict[str, Any]]) -> None:
     loss = axes.twinx()
     loss.plot(epochs, [entry["loss"] for entry in history], color="tab:orange", label="loss on the training images")
     loss.set(ylabel="loss", yscale="log")
-    starts = [
-        now["epoch"] for before, now in zip(history, history[1:], strict=False) if now["attempt"] != before["attempt"]
-    ]
+    starts = [now["epoch"] for before, now in itertools.pairwise(history) if now["attempt"] != before["attempt"]]
     for number, epoch in enumerate(starts):
         axes.axvline(epoch - 0.5, color="gray", linestyle=":", label=None if number else "resumed from the checkpoint")
     lines = [*axes.get_lines(), *loss.get_lines()]

@@ -97,10 +97,15 @@ class Connector:
     def connection(self) -> Any:
         """A connection of redis-py that belongs to the caller alone, who closes it with ``disconnect()``."""
         with translated(self.where):
-            connection = self.client.connection_pool.make_connection()
+            connection = self._new_connection()
             connection.connect()
             self._check_version(connection)
             return connection
+
+    def _new_connection(self) -> Any:
+        # Not the pool's make_connection(): that counts those it has ever made, and refuses the hundredth.
+        pool = self.client.connection_pool
+        return pool.connection_class(**pool.connection_kwargs)
 
     def reconnect(self) -> None:
         """After a broken connection: makes sure that there is a server to connect to."""
@@ -138,7 +143,7 @@ class Connector:
         # every submit would pay.
         connection = getattr(self._local, "connection", None)
         if connection is None or self._local.pid != os.getpid():
-            connection = self.client.connection_pool.make_connection()
+            connection = self._new_connection()
             self._local.connection, self._local.pid = connection, os.getpid()
             self._connections.add(connection)
         try:

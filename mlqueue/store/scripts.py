@@ -7,7 +7,6 @@ import hashlib
 from importlib import resources
 from typing import Final, NamedTuple
 
-
 #: How the line begins in which a script names the parts that it needs beside ``common.lua``.
 PARTS: Final = "-- parts: "
 
