@@ -67,6 +67,8 @@ class Delivery(MessageProxy):
         self.skipped = False
         #: Whether the actor call has begun: an actor that calls another one directly stores no result for it.
         self.entered = False
+        #: Whether the job goes back to its queue: nothing that hooks do because it "succeeded" is of any effect.
+        self.handed_back = False
         #: Whether the job has looked at ``stopping`` and seen it True.
         self.saw_stopping = False
         self.cancel_requested = threading.Event()
@@ -86,7 +88,7 @@ class Delivery(MessageProxy):
         job_id, attempt = self.held.id, self.held.attempt
         exception, failed = self._exception, self.failed
         common = common_of(self.progress, self.spawned, self.group)
-        if isinstance(exception, HandBack | Shutdown):
+        if self.handed_back or isinstance(exception, Shutdown):
             # Whatever Retries has made of it: the worker ends, the job has not failed.
             return Settle.give_back(job_id, attempt, common_of(self.progress))
         if not failed and self.retry_delay is not None:
@@ -142,10 +144,15 @@ def storing(
         delivery.entered = True
         try:
             value = fn(*args, **kwargs)
+        except HandBack:
+            # Not passed on: Dramatiq would log it as a failure, and Retries count it.
+            delivery.handed_back = True
+            return None
         finally:
             disarm()
         if value is None and delivery.saw_stopping:
-            raise HandBack
+            delivery.handed_back = True
+            return None
         result = Result.of(value)
         keep(delivery, result)
         return result.full

@@ -377,22 +377,23 @@ class Pump:
                 raise
             self._started = True
         if self._pending is None:
+            # Under the lock to the end: between the two lists a settle would be in neither.
             with self._condition:
                 batch, self._unsettled = self._unsettled, []
                 want = self._free(prefetch)
                 self._rung = False
                 lanes = self._lanes(self.live_queues())
-            command = self.store.turn_command(
-                self.worker,
-                uuid.uuid4().hex,
-                want,
-                lanes,
-                [entry.settle for entry in batch],
-                only_alone=self.only_alone,
-                # A pop that waits for other bells than it should is ended by a token on the own bell.
-                poke=self._waits_for_others(lanes, want),
-            )
-            self._pending = (command, batch)
+                command = self.store.turn_command(
+                    self.worker,
+                    uuid.uuid4().hex,
+                    want,
+                    lanes,
+                    [entry.settle for entry in batch],
+                    only_alone=self.only_alone,
+                    # A pop that waits for other bells than it should is ended by a token on the own bell.
+                    poke=self._waits_for_others(lanes, want),
+                )
+                self._pending = (command, batch)
         else:
             want = self._pending[0][6]
         # Sent again, unchanged, until it is answered: the nonce in it makes the store repeat its answer.

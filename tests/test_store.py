@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -1036,3 +1037,14 @@ def test_a_wrong_password_is_an_error_that_says_so(store: Store) -> None:
         right.connector.close()
     finally:
         client.acl_deluser(name)
+
+
+def test_there_is_a_connection_for_each_of_any_number_of_threads(mlq: MLQ) -> None:
+    made = []
+    for _ in range(150):
+        thread = threading.Thread(target=lambda: made.append(mlq.store.counts()))
+        thread.start()
+        thread.join()
+    assert made == [[]] * 150
+    for _ in range(150):
+        mlq.store.connector.connection().disconnect()

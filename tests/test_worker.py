@@ -15,13 +15,14 @@ from typing import Any
 
 import dramatiq
 import pytest
+import redis
 from conftest import StartWorker, children, fresh_app
 from dramatiq.worker import ConsumerThread
 from support import Proxy, counting_proxy, eventually
 
 import mlqueue
-from mlqueue import MLQ, DeadReason, Settings, State
-from mlqueue.job import new_id
+from mlqueue import MLQ, DeadReason, Settings, State, codec, pump
+from mlqueue.job import NewJob, new_id
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,6 +163,9 @@ def test_a_job_that_ends_makes_room_at_once_for_one_that_waits(mlq: MLQ, start_w
     freed = time.monotonic()
     gate.open()
     assert waiting.result(timeout=10) - freed < 0.5
+    threading.Event().wait(0.05)  # it sleeps again, and must listen to all bells
+    begun = time.monotonic()
+    assert short.submit().result(timeout=10) - begun < 0.5
 
 
 # Many queues, queues that come later
@@ -211,8 +215,10 @@ def test_an_actor_declared_while_the_worker_is_idle_is_served_at_once(mlq: MLQ, 
         threading.Event().wait(0.05)  # the worker is asleep
         begun = time.monotonic()
         mlq.actor(lambda: 2, actor_name=f"same queue {number}")
+        threading.Event().wait(0.05)  # it has looked, and sleeps again
         assert mlq.submit(f"same queue {number}").result(timeout=10) == 2
         mlq.actor(lambda: 3, actor_name=f"new queue {number}", queue_name=f"new{number}")
+        threading.Event().wait(0.05)
         assert mlq.submit(f"new queue {number}").result(timeout=10) == 3
         assert time.monotonic() - begun < 1.0
 
@@ -255,10 +261,11 @@ def test_a_paused_worker_leaves_new_jobs_to_another_one_at_once(
 
     paused = start_worker()
     assert work.submit().result(timeout=10) == 1
-    paused.pause()
     other = MLQ(mlq.name, settings=server)
     other.actor(lambda: 2, actor_name="work")
     start_worker(other)
+    threading.Event().wait(0.2)  # both sleep; the one that is paused has waited longer for the bell
+    paused.pause()
     for _ in range(5):
         begun = time.monotonic()
         assert work.submit().result(timeout=10) == 2
@@ -269,16 +276,54 @@ def test_a_paused_worker_leaves_new_jobs_to_another_one_at_once(
     other.close()
 
 
-def test_worker_join_returns_after_the_commit(mlq: MLQ, worker: dramatiq.Worker) -> None:
+def test_worker_join_returns_after_the_commit(
+    mlq: MLQ, worker: dramatiq.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, ran = vars(pump)["send"], []
+
+    def slow(*args: Any) -> Any:
+        threading.Event().wait(0.02)
+        return send(*args)
+
+    monkeypatch.setattr(pump, "send", slow)
+
     @mlq.actor
     def work(n: int) -> int:
+        ran.append(n)
         return n
 
-    for _ in range(5):
-        jobs = work.submit_many([(n,) for n in range(40)])
-        jobs[-1].wait(10)
+    for round_ in range(1, 4):
+        jobs = work.submit_many([(n,) for n in range(20)])
+        eventually(lambda done=20 * round_: len(ran) == done)  # type: ignore[misc]
         worker.join()
         assert {State.SUCCEEDED} == {job.state for job in jobs}
+
+
+def test_what_happens_while_the_pump_lies_down_wakes_it(mlq: MLQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+
+    def hello() -> None:
+        mlq.store.start_worker(alone.worker, {}, {})
+        told.append(1)
+        if len(told) == 2:
+            alone.stop_fetching()
+
+    def disturbed() -> float:
+        monkeypatch.setattr(alone, "_arm", arm)
+        until = arm()
+        alone.lanes_changed()  # after it has looked, before it sleeps
+        return until
+
+    alone = pump.Pump(mlq.store, lanes=lambda queues: [], hello=hello, deliver=lambda held: pytest.fail("no job"))
+    arm = alone._arm
+    alone.open("default")
+    monkeypatch.setattr(alone, "_arm", disturbed)
+    begun = time.monotonic()
+    assert alone.next("default", 20, 1) is None
+    assert len(told) == 2
+    assert time.monotonic() - begun < 2
+    alone.close("default")
+    alone.end()
 
 
 def test_the_error_of_a_failed_job_is_kept_when_the_commit_comes_later(
@@ -358,6 +403,27 @@ def test_what_was_fetched_and_did_not_start_goes_back_with_its_attempt_not_lower
     assert (record.state, record.attempt, record.stalls, record.crashes) == (State.QUEUED, 1, 0, 0)
 
 
+def test_a_job_that_is_told_of_the_shutdown_goes_back_without_a_strike(mlq: MLQ, start_worker: StartWorker) -> None:
+    running = threading.Event()
+
+    @mlq.actor(notify_shutdown=True, max_retries=0, on_failure="told")
+    def work() -> None:
+        running.set()
+        while True:
+            threading.Event().wait(0.005)
+
+    @mlq.actor
+    def told(*args: Any) -> None: ...
+
+    worker = start_worker()
+    job = work.submit()
+    assert running.wait(10)
+    worker.stop()
+    record = job.record
+    assert (record.state, record.retries, record.crashes, record.stalls) == (State.QUEUED, 0, 0, 0)
+    assert [record.id for record in mlq.jobs().jobs] == [job.id]
+
+
 def test_a_worker_can_be_started_and_stopped_again_and_again(mlq: MLQ, start_worker: StartWorker) -> None:
     @mlq.actor
     def work(n: int) -> int:
@@ -413,9 +479,6 @@ def test_an_embedded_worker_has_a_helper_process_that_ends_with_it(mlq: MLQ, sta
 def test_an_option_of_a_wrong_type_off_the_wire_makes_that_job_dead_and_harms_no_other(
     mlq: MLQ, start_worker: StartWorker
 ) -> None:
-    from mlqueue import codec
-    from mlqueue.job import NewJob
-
     @mlq.actor(max_retries=0)
     def fails() -> None:
         raise ValueError
@@ -495,10 +558,6 @@ def test_jobs_are_settled_and_new_ones_fetched_after_the_connection_was_cut(
 def test_a_turn_whose_answer_was_lost_is_asked_again_and_loses_and_repeats_nothing(
     mlq: MLQ, worker: dramatiq.Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import redis
-
-    from mlqueue import pump
-
     send, calls, ran = vars(pump)["send"], [], []
 
     def lossy(connection: Any, command: Any, script: Any = None) -> Any:
