@@ -1,0 +1,1008 @@
+"""Data sources: where mini-batches come from.
+
+::
+
+    ds = ArrayDataSource([train_X, train_y])
+    for batch_X, batch_y in ds.batch_iterator(batch_size=64, shuffle=12345):
+        ...
+
+:class:`ArrayDataSource` reads arrays and whatever looks like one; :class:`FunctionDataSource`,
+:class:`CallableDataSource` and :class:`IteratorDataSource` ask functions and iterators; :class:`CompositeDataSource`
+draws from several sources in step, :class:`ChoiceDataSource` from one of several at a time; :class:`MapDataSource`
+applies a function. What ``shuffle`` may be is said in :mod:`mlqueue.batch.order`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlqueue.batch.errors import StateError
+from mlqueue.batch.iteration import (
+    BatchIterator,
+    ChoiceBatch,
+    ReplayIterator,
+    SeededBatch,
+    batch_length,
+    check_state,
+    noise_generator,
+    trim_batch,
+)
+from mlqueue.batch.order import Shuffle, as_shuffle, check_batch_size, member_seed
+from mlqueue.batch.reduction import batch_map_concat, batch_map_mean
+from mlqueue.batch.rows import as_rows, is_array_like, reader
+from mlqueue.batch.sampling import (
+    AbstractSampler,
+    IndexIterator,
+    StandardSampler,
+    SubsetSampler,
+    check_shard,
+    num_batches,
+)
+
+__all__ = [
+    "AbstractDataSource",
+    "ArrayDataSource",
+    "CallableDataSource",
+    "ChoiceBatch",
+    "ChoiceDataSource",
+    "CompositeDataSource",
+    "FunctionDataSource",
+    "IteratorDataSource",
+    "MapDataSource",
+    "RandomAccessDataSource",
+    "batch_map_concat",
+    "batch_map_mean",
+    "coerce_data_source",
+]
+
+#: A mini-batch: a tuple (or a dict) of arrays, possibly nested.
+Batch = Any
+#: What :meth:`samples_by_indices` takes: an int array, a sequence of them (composite), or a ChoiceBatch.
+IndexBatch = Any
+
+
+class AbstractDataSource:
+    """A source of mini-batches. A subclass has to have :meth:`batch_iterator`, and :meth:`num_samples` if it can."""
+
+    @property
+    def is_random_access(self) -> bool:
+        """Whether samples can be had by index, so that worker pools can prepare batches."""
+        return False
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        """The number of samples that an iteration gives: an int, ``numpy.inf``, or None when it is not known."""
+        raise NotImplementedError(f"{type(self).__name__} has no num_samples()")
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        """The number of batches that an iteration gives: an int, ``numpy.inf``, or None when it is not known."""
+        n = self.num_samples(**kwargs)
+        if n is None or np.isinf(n):
+            return n
+        return int(n) // batch_size if kwargs.get("drop_last") else num_batches(int(n), batch_size)
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> Iterator[Batch]:
+        """An iterator over mini-batches of `batch_size` samples."""
+        raise NotImplementedError(f"{type(self).__name__} has no batch_iterator()")
+
+    def map(self, fn: Callable[..., Batch]) -> MapDataSource:
+        """A source that gives ``fn(*batch)`` for every batch; see :class:`MapDataSource`."""
+        return MapDataSource(self, fn)
+
+    def batch_map_concat(
+        self,
+        func: Callable[..., Any],
+        batch_size: int,
+        progress_iter_func: Callable[..., Any] | None = None,
+        n_batches: int | None = None,
+        prepend_args: tuple[Any, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[np.ndarray, ...] | None:
+        """Apply `func` to every batch and join what it returns; see :func:`batch_map_concat`.
+
+        `kwargs` go to :meth:`batch_iterator`. An endless source needs `n_batches` (else ValueError).
+        """
+        total = self._total_batches(batch_size, n_batches, kwargs)
+        batches = self.batch_iterator(batch_size, **kwargs)
+        return batch_map_concat(func, batches, progress_iter_func, n_batches, prepend_args, total=total)
+
+    def batch_map_mean(
+        self,
+        func: Callable[..., Any],
+        batch_size: int,
+        progress_iter_func: Callable[..., Any] | None = None,
+        sum_axis: int | tuple[int, ...] | None = None,
+        n_batches: int | None = None,
+        prepend_args: tuple[Any, ...] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | None:
+        """Apply `func` to every batch and average what it returns; see :func:`batch_map_mean`.
+
+        `kwargs` go to :meth:`batch_iterator`. An endless source needs `n_batches` (else ValueError).
+        """
+        total = self._total_batches(batch_size, n_batches, kwargs)
+        batches = self.batch_iterator(batch_size, **kwargs)
+        return batch_map_mean(func, batches, progress_iter_func, sum_axis, n_batches, prepend_args, total=total)
+
+    def _total_batches(self, batch_size: int, n_batches: int | None, kwargs: dict[str, Any]) -> int | None:
+        if n_batches is not None:
+            return n_batches
+        total = self.num_batches(batch_size, **kwargs)
+        if total is not None and np.isinf(total):
+            raise ValueError("this source never ends: give n_batches, the number of batches to process.")
+        return None if total is None else int(total)
+
+
+class RandomAccessDataSource(AbstractDataSource):
+    """A source of `length` samples that can be had by index. A subclass has to have `samples_by_indices_nomapping`.
+
+    `indices`: the samples to use (1-D ints, or a mask of bools); all where it is None. `repeats`: how often to go
+    through them; -1 is for ever. `sampler`: draws the samples instead (then without the former two).
+    `include_indices`: batches begin with the indices of their samples.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        indices: Any = None,
+        repeats: int = 1,
+        sampler: AbstractSampler | None = None,
+        include_indices: bool = False,
+    ) -> None:
+        if sampler is not None:
+            if indices is not None or repeats != 1:
+                raise ValueError("give either a sampler, or indices and repeats: a sampler has both of its own.")
+        elif indices is not None:
+            sampler = SubsetSampler(indices, repeats)
+        else:
+            sampler = StandardSampler(length, repeats)
+        check = getattr(sampler, "check_length", None)
+        if check is not None:
+            check(length)
+        self.length = length
+        self.sampler = sampler
+        self.include_indices = include_indices
+
+    @property
+    def is_random_access(self) -> bool:
+        return True
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        return self.sampler.num_indices_generated()
+
+    def samples_by_indices_nomapping(self, indices: IndexBatch) -> Batch:
+        """The samples at these absolute indices, as a batch."""
+        raise NotImplementedError(f"{type(self).__name__} has no samples_by_indices_nomapping()")
+
+    def samples_by_indices(self, indices: IndexBatch) -> Batch:
+        """The samples at these positions among those that the sampler knows (`indices` of the constructor)."""
+        return self.samples_by_indices_nomapping(self.sampler.map_indices(indices))
+
+    def batch_indices_iterator(
+        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False
+    ) -> BatchIterator:
+        """An iterator over the indices of mini-batches: 1-D int arrays, of absolute indices.
+
+        `epoch`: the number of the first epoch, on which the order depends where `shuffle` is a seed. `drop_last`:
+        leave the last batch out if it is short. Nothing is drawn from `shuffle` before the first batch.
+        """
+        indices = sampled_indices(self.sampler, check_batch_size(batch_size), as_shuffle(shuffle), epoch)
+        return FullBatches(indices, batch_size) if drop_last else indices
+
+    def batch_iterator(  # type: ignore[override]
+        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False
+    ) -> BatchIterator:
+        """An iterator over mini-batches; the arguments are those of :meth:`batch_indices_iterator`."""
+        indices = self.batch_indices_iterator(batch_size, shuffle, epoch=epoch, drop_last=drop_last)
+        return GatherIterator(indices, self.samples_by_indices_nomapping)
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> Any:
+        """The part `rank` of `world_size` parts of every epoch, as a source.
+
+        The parts have no sample in common and together have all; where the number of samples is not a multiple of
+        `world_size` the first parts have one more. ``drop_last=True`` leaves those over out, ``pad=True`` fills up
+        with the first samples of the epoch: then all parts are equal. Every part has to be given the same `shuffle`:
+        a seed, or generators of the same state.
+        """
+        part = check_shard(rank, world_size, drop_last, pad)
+        for_shard = getattr(self.sampler, "for_shard", None)
+        if for_shard is None:
+            raise TypeError(f"a {type(self.sampler).__name__} cannot be sharded: it has no for_shard(shard).")
+        return self._with_sampler(for_shard(part))
+
+    def _with_sampler(self, sampler: AbstractSampler) -> RandomAccessDataSource:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.sampler = sampler
+        return other
+
+
+class ArrayDataSource(RandomAccessDataSource):
+    """A source over arrays, or anything that looks like one, of equal length.
+
+    `data`: a list of array-likes (with ``__len__`` and ``__getitem__`` for a slice and a 1-D int array); batches are
+    tuples with a part of each. Or a dict of them; batches are dicts. HDF5 nodes of PyTables and h5py, memory maps and
+    zarr arrays will do. The parts of a batch are copies, that may be written into.
+    """
+
+    def __init__(
+        self,
+        data: list[Any] | Mapping[str, Any],
+        indices: Any = None,
+        repeats: int = 1,
+        sampler: AbstractSampler | None = None,
+        include_indices: bool = False,
+    ) -> None:
+        length = common_length(data)
+        super().__init__(length, indices, repeats, sampler, include_indices)
+        if include_indices and isinstance(data, Mapping) and "indices" in data:
+            raise ValueError("include_indices=True needs the name 'indices', which data has already; rename that.")
+        self.data = data
+        self._make_readers()
+
+    def _make_readers(self) -> None:
+        data = self.data
+        self._names = list(data) if isinstance(data, Mapping) else None
+        self._readers = [reader(array) for array in (data.values() if isinstance(data, Mapping) else data)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_readers", "_names")}
+        data = self.data
+        if isinstance(data, Mapping):
+            state["data"] = {name: as_rows(array) for name, array in data.items()}
+        else:
+            state["data"] = [as_rows(array) for array in data]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_readers()
+
+    def samples_by_indices_nomapping(self, indices: Any) -> Batch:
+        """The samples at `indices`: an int, a slice, or 1-D ints."""
+        if not isinstance(indices, np.ndarray | slice):
+            indices = operator.index(indices) if np.ndim(indices) == 0 else np.asarray(indices, np.intp)
+        parts = [read(indices) for read in self._readers]
+        if self.include_indices:
+            parts.insert(0, np.arange(self.length)[indices] if isinstance(indices, slice) else indices)
+        if self._names is None:
+            return tuple(parts)
+        return dict(zip(["indices", *self._names] if self.include_indices else self._names, parts, strict=True))
+
+    def batch_iterator(  # type: ignore[override]
+        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False
+    ) -> BatchIterator:
+        """An iterator over mini-batches; the arguments are those of :meth:`batch_indices_iterator`."""
+        indices = self.batch_indices_iterator(batch_size, shuffle, epoch=epoch, drop_last=drop_last)
+        if isinstance(indices, IndexIterator) and self._names is None and not self.include_indices and self._is_plain():
+            return ArrayIterator(indices, self._readers)
+        return GatherIterator(indices, self.samples_by_indices_nomapping)
+
+    def _is_plain(self) -> bool:
+        return type(self).samples_by_indices_nomapping is ArrayDataSource.samples_by_indices_nomapping
+
+
+class FunctionDataSource(RandomAccessDataSource):
+    """A source of `length` samples that a function reads: ``fn(indices)`` gives the batch for a 1-D int array.
+
+    `length` may be anything up to 2**62: with a seed as `shuffle`, no array of that length is ever held. `fn` has to
+    return a tuple or a dict (a lone array becomes a tuple of one); the other arguments are those of
+    :class:`RandomAccessDataSource`.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[np.ndarray], Batch],
+        length: int,
+        indices: Any = None,
+        repeats: int = 1,
+        sampler: AbstractSampler | None = None,
+        include_indices: bool = False,
+    ) -> None:
+        super().__init__(operator.index(length), indices, repeats, sampler, include_indices)
+        self.fn = fn
+
+    def samples_by_indices_nomapping(self, indices: Any) -> Batch:
+        batch = as_batch(self.fn(indices))
+        if not self.include_indices:
+            return batch
+        return {"indices": indices, **batch} if isinstance(batch, dict) else (indices, *batch)
+
+
+class CallableDataSource(AbstractDataSource):
+    """A source whose batches come from ``batch_iterator_fn(batch_size, **kwargs)``, an iterator over batches.
+
+    `kwargs` are those that :meth:`batch_iterator` is called with (``shuffle`` among them). `num_samples_fn`: a number
+    (int or ``numpy.inf``), a function of `kwargs` that gives it, or None when it is not known.
+    """
+
+    def __init__(self, batch_iterator_fn: Callable[..., Iterator[Batch]], num_samples_fn: Any = None) -> None:
+        if not (num_samples_fn is None or callable(num_samples_fn)):
+            num_samples_fn = check_num_samples(num_samples_fn, "num_samples_fn")
+        self.batch_iterator_fn = batch_iterator_fn
+        self.num_samples_fn = num_samples_fn
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        if callable(self.num_samples_fn):
+            n: float | int | None = self.num_samples_fn(**kwargs)
+            return n
+        return self.num_samples_fn  # type: ignore[no-any-return]
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        """An iterator over what the function gives. Resumed, the function is called again and what was seen skipped,
+        unless its iterator has state_dict() and load_state_dict() of its own."""
+        shuffle = kwargs.get("shuffle")
+        known = None if shuffle is None or isinstance(shuffle, bool | int) else as_shuffle(shuffle)
+        return TupleIterator(ReplayIterator(lambda: self.batch_iterator_fn(batch_size, **kwargs), known))
+
+
+class IteratorDataSource(AbstractDataSource):
+    """A source over one iterator of batches, which can be gone through once; the batch size is the iterator's own.
+
+    `n_samples`: their number, ``numpy.inf``, or None when it is not known.
+    """
+
+    def __init__(self, batch_iter: Iterator[Batch], n_samples: float | int | None = None) -> None:
+        self.batch_iter = batch_iter
+        self.n_samples = None if n_samples is None else check_num_samples(n_samples, "n_samples")
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        return self.n_samples
+
+    def batch_iterator(self, batch_size: int | None = None, **kwargs: Any) -> BatchIterator:
+        """The iterator, whatever the arguments. To resume it in another process, give that a fresh one."""
+        return TupleIterator(ReplayIterator(lambda: self.batch_iter))
+
+
+class CompositeDataSource(AbstractDataSource):
+    """Draws a batch from each of several sources at every step, until the first of them ends.
+
+    `flatten`: join the members' tuples into one (else a batch is a tuple of batches). `trim`: cut the members' batches
+    to the shortest of the step. Members share a generator given as `shuffle`; from a seed each is given one of its own.
+    """
+
+    def __init__(self, datasets: Sequence[AbstractDataSource], flatten: bool = True, trim: bool = True) -> None:
+        self.datasets = [check_source(ds) for ds in datasets]
+        self.flatten, self.trim = flatten, trim
+
+    @property
+    def is_random_access(self) -> bool:
+        return all(ds.is_random_access for ds in self.datasets)
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        known = [n for n in (ds.num_samples(**kwargs) for ds in self.datasets) if n is not None]
+        # Of a member that does not know, it can only be said that the others end no later than this.
+        return min(known) if len(known) == len(self.datasets) and known else None
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        counts = [ds.num_batches(batch_size, **kwargs) for ds in self.datasets]
+        known = [count for count in counts if count is not None]
+        return min(known) if len(known) == len(counts) and known else None
+
+    def samples_by_indices_nomapping(self, indices: Sequence[IndexBatch]) -> Batch:
+        """The batch for a sequence of index batches (absolute indices), one for each member."""
+        return self._gather("samples_by_indices_nomapping", indices)
+
+    def samples_by_indices(self, indices: Sequence[IndexBatch]) -> Batch:
+        """The batch for a sequence of index batches (positions among each sampler's samples), one for each member."""
+        return self._gather("samples_by_indices", indices)
+
+    def _gather(self, method: str, indices: Sequence[IndexBatch]) -> Batch:
+        need_random_access(self)
+        if len(indices) != len(self.datasets):
+            raise ValueError(
+                f"there are {len(self.datasets)} members, but {len(indices)} index batches; give one each."
+            )
+        parts = [getattr(ds, method)(part) for ds, part in zip(self.datasets, indices, strict=True)]
+        return self._join(parts)
+
+    def _join(self, parts: list[Batch]) -> Batch:
+        if not self.flatten:
+            return tuple(parts)
+        if parts and all(isinstance(part, dict) for part in parts):
+            return merged(parts)
+        return tuple(array for part in parts for array in parts_of(part))
+
+    def batch_indices_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        """An iterator over tuples of index batches, one for each member, cut to the shortest."""
+        need_random_access(self)
+        members = self._members("batch_indices_iterator", batch_size, kwargs)
+        return CompositeIterator(members, trim=True, join=tuple)
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        members = self._members("batch_iterator", batch_size, kwargs)
+        return CompositeIterator(members, trim=self.trim, join=self._join)
+
+    def _members(self, method: str, batch_size: int, kwargs: dict[str, Any]) -> list[Any]:
+        check_batch_size(batch_size)
+        return [
+            getattr(ds, method)(batch_size, **member_kwargs(kwargs, number)) for number, ds in enumerate(self.datasets)
+        ]
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> CompositeDataSource:
+        """A composite of the members' parts; see :meth:`RandomAccessDataSource.shard`."""
+        parts = [shard_of(ds, rank, world_size, drop_last, pad) for ds in self.datasets]
+        return CompositeDataSource(parts, self.flatten, self.trim)
+
+
+class ChoiceDataSource(AbstractDataSource):
+    """Draws every batch from one of several sources.
+
+    In order, the members take turns; shuffled, each round has the members in a new order; it ends as soon as a member
+    whose turn it is has no more. With ``stratified=True``, and if all members end, every member is gone through to
+    its end, its batches spread evenly (in order) or at random (shuffled) over the whole.
+    """
+
+    def __init__(self, datasets: Sequence[AbstractDataSource], stratified: bool = False) -> None:
+        self.datasets = [check_source(ds) for ds in datasets]
+        if not self.datasets:
+            raise ValueError("a ChoiceDataSource needs at least one member.")
+        self.stratified = stratified
+
+    @property
+    def is_random_access(self) -> bool:
+        return all(ds.is_random_access for ds in self.datasets)
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        """The sum over the members that know theirs. Not stratified, an iteration may end before."""
+        kwargs.setdefault("shuffle", None)
+        return sum(n for n in (ds.num_samples(**kwargs) for ds in self.datasets) if n is not None)
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        counts = self._member_batches(batch_size, {"shuffle": None, **kwargs})
+        known = [count for count in counts if count is not None]
+        if len(known) < len(counts):
+            return None
+        if self._visits_all(counts):
+            return sum(known)
+        shortest = min(known)
+        if np.isinf(shortest):
+            return shortest
+        # Shuffled, the round in which it ends has a random order.
+        return None if as_shuffle(kwargs.get("shuffle")) else int(shortest) * len(known) + known.index(shortest)
+
+    def _member_batches(self, batch_size: int, kwargs: dict[str, Any]) -> list[float | int | None]:
+        return [ds.num_batches(batch_size, **kwargs) for ds in self.datasets]
+
+    def _visits_all(self, counts: list[float | int | None]) -> bool:
+        return self.stratified and not any(count is not None and np.isinf(count) for count in counts)
+
+    def samples_by_indices_nomapping(self, indices: ChoiceBatch) -> Batch:
+        """The batch for a :class:`ChoiceBatch` of absolute indices."""
+        return self._gather("samples_by_indices_nomapping", indices)
+
+    def samples_by_indices(self, indices: ChoiceBatch) -> Batch:
+        """The batch for a :class:`ChoiceBatch` of positions among the sampler's samples."""
+        return self._gather("samples_by_indices", indices)
+
+    def _gather(self, method: str, indices: ChoiceBatch) -> Batch:
+        need_random_access(self)
+        if not isinstance(indices, ChoiceBatch):
+            raise TypeError(f"a ChoiceDataSource takes a ChoiceBatch(sample_indices, ds_index), got {indices!r}.")
+        return getattr(self.datasets[indices.ds_index], method)(indices.sample_indices)
+
+    def batch_indices_iterator(self, batch_size: int, shuffle: Any = None, **kwargs: Any) -> BatchIterator:
+        """An iterator over :class:`ChoiceBatch`."""
+        need_random_access(self)
+        return self._iterator("batch_indices_iterator", batch_size, {"shuffle": shuffle, **kwargs}, ChoiceBatch)
+
+    def batch_iterator(self, batch_size: int, shuffle: Any = None, **kwargs: Any) -> BatchIterator:
+        return self._iterator("batch_iterator", batch_size, {"shuffle": shuffle, **kwargs}, None)
+
+    def _iterator(
+        self, method: str, batch_size: int, kwargs: dict[str, Any], wrap: Callable[[Any, int], Any] | None
+    ) -> BatchIterator:
+        check_batch_size(batch_size)
+        members = [
+            getattr(ds, method)(batch_size, **member_kwargs(kwargs, number)) for number, ds in enumerate(self.datasets)
+        ]
+        shuffle, epoch = as_shuffle(kwargs["shuffle"]), kwargs.get("epoch", 0)
+        counts = self._member_batches(batch_size, kwargs) if self.stratified else []
+        if not self._visits_all(counts):
+            return ChoiceIterator(members, shuffle, epoch, wrap)
+        if any(count is None for count in counts):
+            raise TypeError(
+                "stratified=True needs to know how many samples each member has, and member "
+                f"{counts.index(None)} does not; give its num_samples, or stratified=False."
+            )
+        return StratifiedIterator(members, shuffle, epoch, wrap, [int(count) for count in counts if count is not None])
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ChoiceDataSource:
+        """A choice of the members' parts; see :meth:`RandomAccessDataSource.shard`."""
+        parts = [shard_of(ds, rank, world_size, drop_last, pad) for ds in self.datasets]
+        return ChoiceDataSource(parts, self.stratified)
+
+
+class MapDataSource(AbstractDataSource):
+    """Applies a function to every batch: ``fn(*batch)``, or ``fn(batch)`` where batches are dicts.
+
+    The function gets arrays of its own, that it may write into, and returns the new batch. If it has a parameter named
+    ``rng`` it is given the batch's own ``numpy.random.Generator``, derived from the shuffle's seed (or generator), the
+    epoch and the number of the batch: the same whoever prepares the batch, and when. `seed`: what to derive it from
+    instead; without it an iteration in order draws anew each time. With a worker pool the function runs in the workers.
+    """
+
+    def __init__(self, source: AbstractDataSource, fn: Callable[..., Batch], seed: int | None = None) -> None:
+        self.source, self.fn, self.seed = check_source(source), fn, seed
+        self._takes_rng = takes_rng(fn)
+
+    @property
+    def is_random_access(self) -> bool:
+        return self.source.is_random_access
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        return self.source.num_samples(**kwargs)
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        return self.source.num_batches(batch_size, **kwargs)
+
+    def samples_by_indices_nomapping(self, indices: IndexBatch) -> Batch:
+        return self._gather("samples_by_indices_nomapping", indices)
+
+    def samples_by_indices(self, indices: IndexBatch) -> Batch:
+        return self._gather("samples_by_indices", indices)
+
+    def _gather(self, method: str, indices: IndexBatch) -> Batch:
+        need_random_access(self)
+        key = None
+        if isinstance(indices, SeededBatch):
+            indices, key = indices
+        return self.apply(getattr(self.source, method)(indices), key)
+
+    def apply(self, batch: Batch, key: tuple[int, int, int] | None = None) -> Batch:
+        """What the function makes of a batch. `key`: what its generator is derived from; None draws a new one."""
+        extra: dict[str, Any] = {}
+        if self._takes_rng:
+            extra["rng"] = np.random.default_rng(self.seed) if key is None else noise_generator(key)
+        return self.fn(batch, **extra) if isinstance(batch, dict) else self.fn(*batch, **extra)
+
+    def batch_indices_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        """The source's index batches; as :class:`SeededBatch` where the function takes a generator."""
+        need_random_access(self)
+        indices = self.source.batch_indices_iterator(batch_size, **kwargs)  # type: ignore[attr-defined]
+        return KeyedIterator(indices, self._key(kwargs), SeededBatch) if self._takes_rng else indices
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        batches = self.source.batch_iterator(batch_size, **kwargs)
+        return KeyedIterator(batches, self._key(kwargs) if self._takes_rng else None, self.apply)
+
+    def _key(self, kwargs: dict[str, Any]) -> Callable[[], tuple[int, int]]:
+        """A function that gives (entropy, epoch) when the iteration begins."""
+        shuffle = as_shuffle(self.seed if self.seed is not None else kwargs.get("shuffle"))
+        return lambda: (noise_entropy(shuffle), kwargs.get("epoch", 0))
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> MapDataSource:
+        """The mapped part of the source; see :meth:`RandomAccessDataSource.shard`."""
+        return MapDataSource(shard_of(self.source, rank, world_size, drop_last, pad), self.fn, self.seed)
+
+
+def coerce_data_source(x: Any) -> AbstractDataSource:
+    """A data source for x: x itself if it is one; a non-empty list or tuple (or a dict) of array-likes becomes an
+    :class:`ArrayDataSource`, an iterator an :class:`IteratorDataSource`, a function a :class:`CallableDataSource`.
+
+    Raises ValueError for an empty sequence, TypeError for anything else.
+    """
+    if isinstance(x, AbstractDataSource):
+        return x
+    if isinstance(x, list | tuple | dict):
+        if not x:
+            raise ValueError(f"an empty {type(x).__name__} has no data; give at least one array.")
+        for name, part in x.items() if isinstance(x, dict) else enumerate(x):
+            if not is_array_like(part):
+                raise TypeError(f"element {name!r} is not like an array: a {type(part).__name__}.")
+        return ArrayDataSource(x if isinstance(x, dict) else list(x))
+    if isinstance(x, Iterator):
+        return IteratorDataSource(x)
+    if callable(x):
+        return CallableDataSource(x)
+    raise TypeError(
+        "a data source is made of a data source, a list, tuple or dict of arrays, an iterator over batches, or a "
+        f"function that gives one; got a {type(x).__name__}"
+        + (": put it into a list, [x]." if isinstance(x, np.ndarray) else ".")
+    )
+
+
+class FullBatches(BatchIterator):
+    """Leaves the last batch out if it is short."""
+
+    def __init__(self, batches: BatchIterator, batch_size: int) -> None:
+        self._batches, self._batch_size = batches, batch_size
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if batch_length(batch) < self._batch_size:
+            raise StopIteration
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches.load_state_dict(state)
+
+
+class GatherIterator(BatchIterator):
+    """Batches gathered by a function, one for each batch of indices."""
+
+    def __init__(self, indices: BatchIterator, gather: Callable[[IndexBatch], Batch]) -> None:
+        self._indices, self._gather = indices, gather
+
+    def __next__(self) -> Batch:
+        return self._gather(next(self._indices))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._indices.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._indices.load_state_dict(state)
+
+
+class ArrayIterator(BatchIterator):
+    """Batches of an ArrayDataSource: read as slices where they are in order."""
+
+    def __init__(self, indices: IndexIterator, readers: list[Callable[[Any], Any]]) -> None:
+        self._indices, self._readers = indices, readers
+        self._next_span = indices.next_span
+
+    def __next__(self) -> tuple[Any, ...]:
+        span = self._next_span()
+        return tuple([read(span) for read in self._readers])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._indices.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._indices.load_state_dict(state)
+
+
+class TupleIterator(BatchIterator):
+    """Batches given by a user, in which a list counts as a tuple."""
+
+    def __init__(self, batches: BatchIterator) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        return tuple(batch) if isinstance(batch, list) else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches.load_state_dict(state)
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+class SeveralIterators(BatchIterator):
+    """What iterators over the members of a source have in common."""
+
+    def __init__(self, members: list[Any]) -> None:
+        self._members = members
+
+    def _member_states(self) -> list[Any]:
+        return [state_of(member) for member in self._members]
+
+    def _load_members(self, states: list[Any]) -> None:
+        if len(states) != len(self._members):
+            raise StateError(f"the state was saved with {len(states)} members, this source has {len(self._members)}.")
+        for member, state in zip(self._members, states, strict=True):
+            member.load_state_dict(state)
+
+    def close(self) -> None:
+        for member in self._members:
+            close = getattr(member, "close", None)
+            if close is not None:
+                close()
+
+
+class CompositeIterator(SeveralIterators):
+    """A batch from each member at every step."""
+
+    def __init__(self, members: list[Any], trim: bool, join: Callable[[list[Any]], Any]) -> None:
+        super().__init__(members)
+        self._trim, self._join = trim, join
+
+    def __next__(self) -> Any:
+        if not self._members:
+            raise StopIteration
+        parts = [next(member) for member in self._members]
+        if self._trim:
+            lengths = [batch_length(part) for part in parts]
+            shortest = min(lengths)
+            if max(lengths) > shortest:
+                parts = [trim_batch(part, shortest) for part in parts]
+        return self._join(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": "composite", "members": self._member_states()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, "composite")
+        self._load_members(state["members"])
+
+
+class ChoiceIterator(SeveralIterators):
+    """Members in turn, or in rounds of random order, until one whose turn it is has no more."""
+
+    def __init__(
+        self, members: list[Any], shuffle: Shuffle | None, epoch: int, wrap: Callable[[Any, int], Any] | None
+    ) -> None:
+        super().__init__(members)
+        self._shuffle, self._epoch, self._wrap = shuffle, epoch, wrap
+        self._round: list[int] = []
+        self._rounds = self._place = 0
+        self._done = False
+
+    def __next__(self) -> Any:
+        if self._done:
+            raise StopIteration
+        if self._place == len(self._round):
+            self._begin_round()
+        member = self._round[self._place]
+        try:
+            batch = next(self._members[member])
+        except StopIteration:
+            self._done = True
+            raise
+        self._place += 1
+        return batch if self._wrap is None else self._wrap(batch, member)
+
+    def _begin_round(self) -> None:
+        n = len(self._members)
+        if self._shuffle is None:
+            self._round = list(range(n))
+        else:
+            # One epoch may have any number of rounds: a seed's orders are told apart by both numbers.
+            drawn = self._shuffle.permutation(n, (self._epoch << 32) + self._rounds)
+            self._round = [int(member) for member in drawn[0:n]]
+        self._rounds, self._place = self._rounds + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "choice",
+            "members": self._member_states(),
+            "round": list(self._round),
+            "rounds": self._rounds,
+            "place": self._place,
+            "done": self._done,
+            "epoch": self._epoch,
+            "rng": None if self._shuffle is None else self._shuffle.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, "choice")
+        self._load_members(state["members"])
+        if self._shuffle is not None:
+            self._shuffle.set_state(state["rng"])
+        self._round, self._rounds, self._place = list(state["round"]), state["rounds"], state["place"]
+        self._done, self._epoch = state["done"], state["epoch"]
+
+
+class StratifiedIterator(SeveralIterators):
+    """All batches of all members, spread evenly or at random. `counts`: how many each is expected to give."""
+
+    def __init__(
+        self,
+        members: list[Any],
+        shuffle: Shuffle | None,
+        epoch: int,
+        wrap: Callable[[Any, int], Any] | None,
+        counts: list[int],
+    ) -> None:
+        super().__init__(members)
+        self._shuffle, self._epoch, self._wrap, self._counts = shuffle, epoch, wrap, counts
+        self._schedule: np.ndarray | None = None
+        self._place = 0
+
+    def __next__(self) -> Any:
+        if self._schedule is None:
+            self._schedule = self._draw_schedule()
+        while True:
+            if self._place < len(self._schedule):
+                member = int(self._schedule[self._place])
+            elif self._place < len(self._schedule) + len(self._members):
+                # A member may give more than it was expected to.
+                member = self._place - len(self._schedule)
+            else:
+                raise StopIteration
+            try:
+                batch = next(self._members[member])
+            except StopIteration:
+                self._place += 1
+                continue
+            self._place += self._place < len(self._schedule)
+            return batch if self._wrap is None else self._wrap(batch, member)
+
+    def _draw_schedule(self) -> np.ndarray:
+        members = np.repeat(np.arange(len(self._counts)), self._counts)
+        if self._shuffle is not None:
+            self._shuffle.shuffle(members, self._epoch)
+            return members
+        # The k-th of n batches of a member stands at k / n of the whole.
+        at = np.concatenate([np.arange(count) / count for count in self._counts if count] or [np.empty(0)])
+        spread: np.ndarray = members[np.argsort(at, kind="stable")]
+        return spread
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "stratified",
+            "members": self._member_states(),
+            "schedule": None if self._schedule is None else self._schedule.tolist(),
+            "place": self._place,
+            "epoch": self._epoch,
+            "rng": None if self._shuffle is None else self._shuffle.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, "stratified")
+        self._load_members(state["members"])
+        if self._shuffle is not None:
+            self._shuffle.set_state(state["rng"])
+        self._schedule = None if state["schedule"] is None else np.array(state["schedule"], np.intp)
+        self._place, self._epoch = state["place"], state["epoch"]
+
+
+class KeyedIterator(BatchIterator):
+    """``apply(batch, key)`` for every batch; key is (entropy, epoch, number), or None where there is no `begin`."""
+
+    def __init__(
+        self, batches: Any, begin: Callable[[], tuple[int, int]] | None, apply: Callable[[Any, Any], Any]
+    ) -> None:
+        self._batches, self._begin, self._apply = batches, begin, apply
+        self._stream: tuple[int, int] | None = None
+        self._number = 0
+
+    def __next__(self) -> Any:
+        if self._begin is None:
+            return self._apply(next(self._batches), None)
+        if self._stream is None:
+            self._stream = self._begin()
+        batch = next(self._batches)
+        key = (*self._stream, self._number)
+        self._number += 1
+        return self._apply(batch, key)
+
+    def state_dict(self) -> dict[str, Any]:
+        inner: dict[str, Any] = state_of(self._batches)
+        if self._begin is None:
+            return inner
+        if self._stream is None:
+            self._stream = self._begin()
+        return {"kind": "map", "source": inner, "stream": list(self._stream), "number": self._number}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._begin is None:
+            self._batches.load_state_dict(state)
+            return
+        check_state(state, "map")
+        self._batches.load_state_dict(state["source"])
+        self._stream, self._number = (state["stream"][0], state["stream"][1]), state["number"]
+
+    def close(self) -> None:
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+
+def sampled_indices(sampler: AbstractSampler, batch_size: int, shuffle: Shuffle | None, epoch: int) -> BatchIterator:
+    """A sampler's batches of indices, with a place that can be saved whatever the sampler."""
+    takes_epoch = hasattr(sampler, "for_shard")
+    if shuffle is None:
+        if takes_epoch:
+            own: BatchIterator = sampler.in_order_indices_batch_iterator(batch_size, epoch)  # type: ignore
+            return own
+        return ReplayIterator(lambda: sampler.in_order_indices_batch_iterator(batch_size))
+    if takes_epoch:
+        return sampler.shuffled_indices_batch_iterator(batch_size, shuffle, epoch)  # type: ignore
+    rng = shuffle.for_user(epoch)
+    return ReplayIterator(lambda: sampler.shuffled_indices_batch_iterator(batch_size, rng), as_shuffle(rng))
+
+
+def common_length(data: Any) -> int:
+    """The length that all arrays of a list or a dict have."""
+    if not isinstance(data, list | Mapping):
+        raise TypeError(f"data must be a list (or a dict) of arrays, got a {type(data).__name__}.")
+    if not data:
+        raise IndexError("data is empty; give at least one array.")
+    named = list(data.items()) if isinstance(data, Mapping) else list(enumerate(data))
+    lengths = []
+    for name, array in named:
+        if not is_array_like(array):
+            raise TypeError(f"data[{name!r}] is not like an array (it needs a length and []): {type(array).__name__}.")
+        lengths.append(len(array))
+        if lengths[-1] != lengths[0]:
+            raise ValueError(
+                f"the arrays must be of equal length, but data[{named[0][0]!r}] has {lengths[0]} samples and "
+                f"data[{name!r}] has {lengths[-1]}."
+            )
+    return lengths[0]
+
+
+def check_source(ds: Any) -> AbstractDataSource:
+    if not isinstance(ds, AbstractDataSource):
+        raise TypeError(f"a data source is needed, got a {type(ds).__name__}; coerce_data_source() makes one.")
+    return ds
+
+
+def check_num_samples(n: Any, name: str) -> float | int:
+    """A number of samples: an int (or a float that is one), or infinity."""
+    if isinstance(n, int | np.integer) and not isinstance(n, bool):
+        return int(n)
+    if isinstance(n, float | np.floating) and (np.isposinf(n) or float(n).is_integer()):
+        return np.inf if np.isposinf(n) else int(n)
+    raise TypeError(f"{name} must be an int, numpy.inf or None, got {n!r}.")
+
+
+def need_random_access(ds: AbstractDataSource) -> None:
+    if not ds.is_random_access:
+        raise TypeError(f"this {type(ds).__name__} has no access by index: not all it is made of has.")
+
+
+def member_kwargs(kwargs: dict[str, Any], number: int) -> dict[str, Any]:
+    """What an iterator over the members of a source passes on to one of them."""
+    if "shuffle" not in kwargs:
+        return kwargs
+    return {**kwargs, "shuffle": member_seed(kwargs["shuffle"], number)}
+
+
+def shard_of(ds: AbstractDataSource, rank: int, world_size: int, drop_last: bool, pad: bool) -> AbstractDataSource:
+    shard = getattr(ds, "shard", None)
+    if shard is None:
+        raise TypeError(f"a {type(ds).__name__} cannot be sharded: it has no access by index.")
+    part: AbstractDataSource = shard(rank, world_size, drop_last, pad)
+    return part
+
+
+def state_of(iterator: Any) -> Any:
+    state_dict = getattr(iterator, "state_dict", None)
+    if state_dict is None:
+        raise StateError(f"a {type(iterator).__name__} cannot be saved: it has no state_dict().")
+    return state_dict()
+
+
+def as_batch(result: Any) -> Batch:
+    if isinstance(result, list):
+        return tuple(result)
+    return result if isinstance(result, tuple | dict) else (result,)
+
+
+def parts_of(batch: Batch) -> Sequence[Any]:
+    if not isinstance(batch, tuple | list):
+        raise TypeError(
+            f"a CompositeDataSource with flatten=True joins tuples, got a {type(batch).__name__}; make all members "
+            "give dicts or all give tuples, or use flatten=False."
+        )
+    return batch
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for part in parts:
+        twice = joined.keys() & part.keys()
+        if twice:
+            raise ValueError(f"two members have the name {sorted(twice)[0]!r}; rename one or use flatten=False.")
+        joined.update(part)
+    return joined
+
+
+def takes_rng(fn: Callable[..., Any]) -> bool:
+    """Whether a function has a parameter named rng."""
+    import inspect
+
+    try:
+        parameter = inspect.signature(fn).parameters.get("rng")
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+
+
+def noise_entropy(shuffle: Shuffle | None) -> int:
+    """What map functions' generators are derived from; anew each time without a shuffle."""
+    if shuffle is None:
+        return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    return shuffle.noise_entropy()
