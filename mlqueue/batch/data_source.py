@@ -14,6 +14,7 @@ applies a function. What ``shuffle`` may be is said in :mod:`mlqueue.batch.order
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from mlqueue.batch.iteration import (
 )
 from mlqueue.batch.order import Shuffle, as_shuffle, check_batch_size, member_seed
 from mlqueue.batch.reduction import batch_map_concat, batch_map_mean
-from mlqueue.batch.rows import as_rows, is_array_like, reader
+from mlqueue.batch.rows import as_rows, is_array_like, reader, rows_into
 from mlqueue.batch.sampling import (
     AbstractSampler,
     IndexIterator,
@@ -63,6 +64,8 @@ __all__ = [
 Batch = Any
 #: What :meth:`samples_by_indices` takes: an int array, a sequence of them (composite), or a ChoiceBatch.
 IndexBatch = Any
+#: Makes an array that is to be filled, as ``numpy.empty`` does: ``empty(shape, dtype)``.
+Empty = Callable[[Any, Any], np.ndarray]
 
 
 class AbstractDataSource:
@@ -246,10 +249,12 @@ class ArrayDataSource(RandomAccessDataSource):
     def _make_readers(self) -> None:
         data = self.data
         self._names = list(data) if isinstance(data, Mapping) else None
-        self._readers = [reader(array) for array in (data.values() if isinstance(data, Mapping) else data)]
+        self._arrays = list(data.values() if isinstance(data, Mapping) else data)
+        self._readers = [reader(array) for array in self._arrays]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_readers", "_names")}
+        derived = ("_readers", "_names", "_arrays")
+        state = {name: value for name, value in self.__dict__.items() if name not in derived}
         data = self.data
         if isinstance(data, Mapping):
             state["data"] = {name: as_rows(array) for name, array in data.items()}
@@ -268,9 +273,23 @@ class ArrayDataSource(RandomAccessDataSource):
         parts = [read(indices) for read in self._readers]
         if self.include_indices:
             parts.insert(0, np.arange(self.length)[indices] if isinstance(indices, slice) else indices)
+        return self._as_batch(parts)
+
+    def _as_batch(self, parts: list[Any]) -> Batch:
         if self._names is None:
             return tuple(parts)
         return dict(zip(["indices", *self._names] if self.include_indices else self._names, parts, strict=True))
+
+    def samples_into(self, indices: Any, empty: Empty) -> Batch:
+        """The same as :meth:`samples_by_indices_nomapping`, in arrays that ``empty(shape, dtype)`` makes."""
+        if not self._is_plain():
+            return self.samples_by_indices_nomapping(indices)
+        parts = [
+            rows_into(array, read, indices, empty) for array, read in zip(self._arrays, self._readers, strict=True)
+        ]
+        if self.include_indices:
+            parts.insert(0, indices)
+        return self._as_batch(parts)
 
     def batch_iterator(  # type: ignore[override]
         self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False
@@ -390,14 +409,22 @@ class CompositeDataSource(AbstractDataSource):
         """The batch for a sequence of index batches (positions among each sampler's samples), one for each member."""
         return self._gather("samples_by_indices", indices)
 
+    def samples_into(self, indices: Sequence[IndexBatch], empty: Empty) -> Batch:
+        """The same as :meth:`samples_by_indices_nomapping`, in arrays that ``empty(shape, dtype)`` makes."""
+        self._check_indices(indices)
+        return self._join([samples_into(ds, part, empty) for ds, part in zip(self.datasets, indices, strict=True)])
+
     def _gather(self, method: str, indices: Sequence[IndexBatch]) -> Batch:
+        self._check_indices(indices)
+        parts = [getattr(ds, method)(part) for ds, part in zip(self.datasets, indices, strict=True)]
+        return self._join(parts)
+
+    def _check_indices(self, indices: Sequence[IndexBatch]) -> None:
         need_random_access(self)
         if len(indices) != len(self.datasets):
             raise ValueError(
                 f"there are {len(self.datasets)} members, but {len(indices)} index batches; give one each."
             )
-        parts = [getattr(ds, method)(part) for ds, part in zip(self.datasets, indices, strict=True)]
-        return self._join(parts)
 
     def _join(self, parts: list[Batch]) -> Batch:
         if not self.flatten:
@@ -478,10 +505,18 @@ class ChoiceDataSource(AbstractDataSource):
         """The batch for a :class:`ChoiceBatch` of positions among the sampler's samples."""
         return self._gather("samples_by_indices", indices)
 
-    def _gather(self, method: str, indices: ChoiceBatch) -> Batch:
+    def samples_into(self, indices: ChoiceBatch, empty: Empty) -> Batch:
+        """The same as :meth:`samples_by_indices_nomapping`, in arrays that ``empty(shape, dtype)`` makes."""
+        self._check_indices(indices)
+        return samples_into(self.datasets[indices.ds_index], indices.sample_indices, empty)
+
+    def _check_indices(self, indices: ChoiceBatch) -> None:
         need_random_access(self)
         if not isinstance(indices, ChoiceBatch):
             raise TypeError(f"a ChoiceDataSource takes a ChoiceBatch(sample_indices, ds_index), got {indices!r}.")
+
+    def _gather(self, method: str, indices: ChoiceBatch) -> Batch:
+        self._check_indices(indices)
         return getattr(self.datasets[indices.ds_index], method)(indices.sample_indices)
 
     def batch_indices_iterator(self, batch_size: int, shuffle: Any = None, **kwargs: Any) -> BatchIterator:
@@ -527,7 +562,7 @@ class MapDataSource(AbstractDataSource):
 
     def __init__(self, source: AbstractDataSource, fn: Callable[..., Batch], seed: int | None = None) -> None:
         self.source, self.fn, self.seed = check_source(source), fn, seed
-        self._takes_rng = takes_rng(fn)
+        self._takes_rng, self._takes_empty = takes(fn, "rng"), takes(fn, "empty")
 
     @property
     def is_random_access(self) -> bool:
@@ -545,16 +580,21 @@ class MapDataSource(AbstractDataSource):
     def samples_by_indices(self, indices: IndexBatch) -> Batch:
         return self._gather("samples_by_indices", indices)
 
-    def _gather(self, method: str, indices: IndexBatch) -> Batch:
+    def samples_into(self, indices: IndexBatch, empty: Empty) -> Batch:
+        """The same as :meth:`samples_by_indices_nomapping`; a function with a parameter ``empty`` is given that, to
+        make the arrays that it returns: ``empty(shape, dtype)``."""
+        return self._gather("samples_by_indices_nomapping", indices, empty)
+
+    def _gather(self, method: str, indices: IndexBatch, empty: Empty = np.empty) -> Batch:
         need_random_access(self)
         key = None
         if isinstance(indices, SeededBatch):
             indices, key = indices
-        return self.apply(getattr(self.source, method)(indices), key)
+        return self.apply(getattr(self.source, method)(indices), key, empty)
 
-    def apply(self, batch: Batch, key: tuple[int, int, int] | None = None) -> Batch:
+    def apply(self, batch: Batch, key: tuple[int, int, int] | None = None, empty: Empty = np.empty) -> Batch:
         """What the function makes of a batch. `key`: what its generator is derived from; None draws a new one."""
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"empty": empty} if self._takes_empty else {}
         if self._takes_rng:
             extra["rng"] = np.random.default_rng(self.seed) if key is None else noise_generator(key)
         return self.fn(batch, **extra) if isinstance(batch, dict) else self.fn(*batch, **extra)
@@ -990,15 +1030,19 @@ def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return joined
 
 
-def takes_rng(fn: Callable[..., Any]) -> bool:
-    """Whether a function has a parameter named rng."""
-    import inspect
-
+def takes(fn: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name that can be given by it."""
     try:
-        parameter = inspect.signature(fn).parameters.get("rng")
+        parameter = inspect.signature(fn).parameters.get(name)
     except (TypeError, ValueError):
         return False
     return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+
+
+def samples_into(ds: AbstractDataSource, indices: IndexBatch, empty: Empty) -> Batch:
+    """The samples at absolute indices, in arrays made by `empty` where the source can do so."""
+    into = getattr(ds, "samples_into", None)
+    return ds.samples_by_indices_nomapping(indices) if into is None else into(indices, empty)  # type: ignore[attr-defined]
 
 
 def noise_entropy(shuffle: Shuffle | None) -> int:

@@ -179,7 +179,7 @@ class StreamShuffle(Shuffle):
         return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "little")
 
     def get_state(self) -> Any:
-        if hasattr(self.rng, "bit_generator"):
+        if isinstance(self.rng, np.random.Generator):
             return plain(self.rng.bit_generator.state)
         if hasattr(self.rng, "get_state"):
             return plain(self.rng.get_state(legacy=False))
@@ -195,7 +195,7 @@ class StreamShuffle(Shuffle):
                 f"{type(self.rng).__name__}. Give the same `shuffle` as when the state was saved."
             )
         try:
-            if hasattr(self.rng, "bit_generator"):
+            if isinstance(self.rng, np.random.Generator):
                 self.rng.bit_generator.state = _arrays(state)
             else:
                 self.rng.set_state(_arrays(state))

@@ -65,6 +65,21 @@ def _array_reader(array: np.ndarray) -> Reader:
     return lambda span: _copy(array[span])
 
 
+def rows_into(x: Any, read: Reader, index: np.ndarray, empty: Callable[[Any, Any], np.ndarray]) -> Any:
+    """The rows of x at a 1-D int array, in an array that ``empty(shape, dtype)`` makes where x allows it."""
+    if not (isinstance(x, np.ndarray) and x.ndim and not x.dtype.hasobject):
+        return read(index)
+    if index.size and (index.min() < 0 or index.max() >= len(x)):
+        return read(index)
+    out = empty((len(index), *x.shape[1:]), x.dtype)
+    # take() with out= copies through a buffer unless it may clip; and copies the whole of an array with gaps.
+    if x.flags.c_contiguous:
+        np.take(x, index, axis=0, out=out, mode="clip")
+    else:
+        out[...] = x[index]
+    return out
+
+
 def _sequence_reader(sequence: Any) -> Reader:
     def read(span: Any) -> Any:
         if isinstance(span, slice):
