@@ -1,0 +1,682 @@
+"""Crews: the threads or processes of a pool, and how work reaches them.
+
+A crew takes work (:class:`Call` or :class:`BatchCall`), gives a :class:`Lease` for each piece at once, and its result
+when asked. It knows nothing of order; that is the business of :mod:`mlqueue.batch.work_pool`.
+
+A process that dies is replaced. The lease it had marked as its own is given out again, and so are those that nobody had
+marked, since it may have held one of them; a slot that somebody may still read about in the pipe is called off and
+used again only when it has been answered. So each result is taken once, whoever prepares it and however often.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import multiprocessing.spawn
+import os
+import pickle
+import queue
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.errors import BatchError
+from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
+from mlqueue.batch.rows import as_rows
+from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotArena, SlotWriter, send_record
+from mlqueue.errors import MissingDependency
+
+__all__ = ["BatchCall", "Call", "Crew", "Lease", "ProcessCrew", "SharedConstant", "ThreadCrew", "WorkerDied", "WorkerError"]
+
+#: How often a batch is tried whose worker process dies.
+MOST_TRIES = 3
+#: How many slots are filled or wait to be read at most; further work waits.
+MOST_SLOTS = 96
+#: How many worker processes in a row may end before they have begun.
+MOST_FALSE_STARTS = 3
+
+How = Literal["lend", "copy", "view"]
+
+
+class WorkerError(BatchError):
+    """A worker process raised an exception that cannot be brought here; its class and text are in the message."""
+
+
+class WorkerDied(BatchError):
+    """A worker process died."""
+
+
+class Call:
+    """A function to be called by a worker."""
+
+    __slots__ = ("args", "function", "kwargs")
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
+        self.function, self.args, self.kwargs = function, args, kwargs or {}
+
+    def run(self) -> Any:
+        """Do it here."""
+        return self.function(*self.args, **self.kwargs)
+
+    def encode(self) -> bytes:
+        """The request to a worker process."""
+        return pickle_code(("call", self.function, self.args, self.kwargs))[0]
+
+    def __str__(self) -> str:
+        return f"the task {getattr(self.function, '__qualname__', self.function)!s}"
+
+
+class BatchCall:
+    """A batch to be prepared by a worker: the samples of `source` that `index_batch` names.
+
+    `source` is a data source, or a :class:`SharedConstant` of one. `key` is what the worker's global random generators
+    are seeded from; its last part is the number of the batch.
+    """
+
+    __slots__ = ("index_batch", "key", "source")
+
+    def __init__(self, source: Any, index_batch: Any, key: worker.Key) -> None:
+        self.source, self.index_batch, self.key = source, index_batch, key
+
+    def run(self) -> Any:
+        """Do it here."""
+        return self.source.samples_by_indices_nomapping(self.index_batch)
+
+    def encode(self) -> bytes:
+        """The request to a worker process."""
+        request = ("batch", self.source.number, self.index_batch, self.key)
+        return pickle.dumps(request, 5) if is_plain(self.index_batch) else pickle_code(request)[0]
+
+    def __str__(self) -> str:
+        return f"batch {self.key[2]} (sample indices {np.array2string(as_sample(self.index_batch), threshold=16)})"
+
+
+def as_sample(index_batch: Any) -> np.ndarray:
+    """The indices of the first source in an index batch, to show them."""
+    while isinstance(index_batch, tuple | list) and index_batch and np.ndim(index_batch[0]):
+        index_batch = index_batch[0]
+    return np.asarray(index_batch)
+
+
+def is_plain(index_batch: Any) -> bool:
+    """Whether every worker can unpickle it: there is nothing of the user's own in it."""
+    kind = type(index_batch)
+    if kind in (tuple, list, ChoiceBatch, SeededBatch):
+        return all(is_plain(part) for part in index_batch)
+    return kind in (np.ndarray, int) and not getattr(index_batch, "dtype", np.dtype(int)).hasobject
+
+
+Work = Call | BatchCall
+
+
+class Lease:
+    """A piece of work that has been given out."""
+
+    __slots__ = ("__weakref__", "cancelled", "done", "error", "filled", "number", "request", "slots", "tries", "value", "work")
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.done = False
+        self.cancelled = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        # The rest is for processes.
+        self.number = 0
+        self.request = b""
+        self.slots: set[int] = set()  # those that name it
+        self.filled: tuple[int, int, int, bool] | None = None  # slot, place, length, whether it failed
+        self.tries = 0
+
+
+class Crew(ABC):
+    """Workers of one kind."""
+
+    @abstractmethod
+    def share(self, value: Any, earlier: Any = None) -> Any:
+        """The value as it has to be named in work, so that it is sent to each worker once.
+
+        `earlier`: what this gave before; given again as long as it is still equal to the value.
+        """
+
+    @abstractmethod
+    def submit(self, work: Work) -> Any:
+        """Give out work; gives the lease."""
+
+    @abstractmethod
+    def result(self, lease: Any, how: How = "lend") -> Any:
+        """Wait for the work and give its result, or raise what it raised; once for each lease.
+
+        `how`: see :class:`~mlqueue.batch.transport.SlotArena`; after "view" the caller says `release`.
+        """
+
+    @abstractmethod
+    def release(self, lease: Any) -> None:
+        """Let go of a result that was taken as a view."""
+
+    @abstractmethod
+    def abandon(self, leases: Iterable[Any]) -> None:
+        """End work whose results nobody waits for: what has not begun does not begin. Takes no lock."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all work and all workers. Work that is given out later raises RuntimeError."""
+
+
+class ThreadLease:
+    """Work given out to a thread."""
+
+    __slots__ = ("cancelled", "error", "ready", "value", "work")
+
+    def __init__(self, work: Work) -> None:
+        self.work: Work | None = work
+        self.cancelled = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.ready = threading.Lock()
+        self.ready.acquire()
+
+
+Inbox = queue.SimpleQueue["ThreadLease | None"]
+
+
+class ThreadCrew(Crew):
+    """Threads of this process. Results are handed over as they are."""
+
+    def __init__(self, threads: int) -> None:
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work_in_thread, args=(self._inbox,), name=f"mlqueue-batch-{n}", daemon=True)
+            for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._closed = False
+        self._stop = weakref.finalize(self, _stop_threads, self._inbox, threads)
+
+    def share(self, value: Any, earlier: Any = None) -> Any:
+        return value
+
+    def submit(self, work: Work) -> ThreadLease:
+        if self._closed:
+            raise closed_error()
+        lease = ThreadLease(work)
+        self._inbox.put(lease)
+        return lease
+
+    def result(self, lease: ThreadLease, how: How = "lend") -> Any:
+        lease.ready.acquire()
+        lease.ready.release()
+        if lease.error is not None:
+            raise lease.error
+        return lease.value
+
+    def release(self, lease: ThreadLease) -> None:
+        pass
+
+    def abandon(self, leases: Iterable[ThreadLease]) -> None:
+        for lease in leases:
+            lease.cancelled = True
+
+    def close(self) -> None:
+        self._closed = True
+        while not self._inbox.empty():
+            try:
+                lease = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if lease is not None:
+                lease.error = closed_error()
+                lease.ready.release()
+        self._stop()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+
+def _work_in_thread(inbox: Inbox) -> None:
+    while (lease := inbox.get()) is not None:
+        work, lease.work = lease.work, None
+        if not lease.cancelled and work is not None:
+            try:
+                lease.value = work.run()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+                error.add_note(f"Raised in a worker thread by {work}.")
+                lease.error = error
+        lease.ready.release()
+        del lease, work
+
+
+def _stop_threads(inbox: Inbox, threads: int) -> None:
+    for _ in range(threads):
+        inbox.put(None)
+
+
+def closed_error() -> RuntimeError:
+    """What using a closed pool raises."""
+    return RuntimeError("the pool is closed; make a new one, or leave its `with` block later.")
+
+
+class SharedConstant:
+    """A value that every worker process of a pool makes once, from memory that they share.
+
+    Given among the arguments of a task it arrives there as the value. numpy arrays in it are not copied for each
+    worker. What the value was when this was made is what workers see.
+    """
+
+    def __init__(self, number: int, pickled: bytes, buffers: list[Any]) -> None:
+        self.number = number
+        self._pickled = pickled
+        self.segment = Segment.create()
+        writer = SlotWriter(self.segment)
+        paths = [path for path in sys.path if isinstance(path, str)]
+        #: Place and length of the description in the segment.
+        self.place, self.length = writer.write_pickle(pickle.dumps((paths, pickled)), buffers)
+        self._places = writer.last_places
+
+    def holds(self, pickled: bytes, buffers: list[Any]) -> bool:
+        """Whether this is the value of that pickle and those buffers."""
+        if pickled != self._pickled or len(buffers) != len(self._places):
+            return False
+        whole = self.segment.as_bytes()
+        return all(
+            memoryview(buffer).nbytes == size and same_bytes(np.frombuffer(buffer, np.uint8), whole[place : place + size])
+            for buffer, (place, size) in zip(buffers, self._places, strict=True)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return worker.constant, (self.number,)
+
+
+def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two uint8 arrays of one length are equal; without temporary memory of their size."""
+    words = len(a) // 8 * 8
+    a64, b64 = a[:words].view(np.uint64), b[:words].view(np.uint64)
+    step = 32768  # 256 kB, which stay in the cache
+    return all(
+        np.array_equal(a64[start : start + step], b64[start : start + step]) for start in range(0, len(a64), step)
+    ) and np.array_equal(a[words:], b[words:])
+
+
+class WorkerHandle:
+    """The owner's side of one worker process."""
+
+    def __init__(self, serial: int, leases: int, env: dict[str, str]) -> None:
+        self.serial = serial
+        self.began = False
+        self.setup, theirs = socket.socketpair()
+        self.results, results = os.pipe()
+        paths, path_writer = os.pipe()
+        fds = (theirs.fileno(), leases, results)
+        command = [multiprocessing.spawn.get_executable(), "-P", "-c", worker.BOOTSTRAP]
+        try:
+            self.process = subprocess.Popen(
+                [*map(os.fsdecode, command), *map(str, (*fds, serial, paths))],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(*fds, paths),
+                env=env,
+            )
+        finally:
+            theirs.close()
+            os.close(results)
+            os.close(paths)
+        try:
+            with os.fdopen(path_writer, "w", encoding="utf-8") as pipe:
+                json.dump([[os.path.abspath(path) for path in sys.path if isinstance(path, str)], sys.argv], pipe)  # noqa: PTH100
+        except BrokenPipeError:
+            pass  # it has died, which is seen where results are read
+
+    def tell(self, kind: int, number: int, place: int = 0, length: int = 0, fd: int | None = None) -> None:
+        """Send a setup record."""
+        try:
+            send_record(self.setup, worker.SETUP.pack(kind, number, place, length), fd)
+        except OSError:
+            pass  # it has died, which is seen where results are read
+
+    def end(self) -> None:
+        """End the process, if it has not ended, and close the connections to it."""
+        self.setup.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(1)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        os.close(self.results)
+
+
+class ProcessCrew(Crew):
+    """Processes started afresh (never forked), which import nothing of the main script."""
+
+    def __init__(self, processes: int) -> None:
+        self._pid = os.getpid()
+        self._processes = processes
+        self._numbers, self._serials, self._constant_numbers = itertools.count(1), itertools.count(1), itertools.count(1)
+        self._turn = threading.Condition(threading.RLock())
+        self._reading = False  # whether a thread waits for results, for itself and the others
+        self._leases: dict[int, Lease] = {}  # given out, and not ended
+        self._in_slot: dict[int, int] = {}  # slots that a worker has read about or will: the lease
+        self._waiting: deque[Lease] = deque()  # for a slot
+        self._constants: weakref.WeakValueDictionary[int, SharedConstant] = weakref.WeakValueDictionary()
+        self._abandoned: deque[Lease] = deque()  # filled where no lock can be taken
+        self._forgotten: deque[int] = deque()  # the same
+        self._false_starts = 0
+        self._poll = select.poll()
+        self._lease_reader, self._lease_writer = os.pipe()
+        self._arena = SlotArena(self._announce)
+        self._workers: dict[int, WorkerHandle] = {}
+        self._stop = weakref.finalize(
+            self, _stop_processes, self._pid, self._workers, self._arena, (self._lease_reader, self._lease_writer)
+        )
+        for _ in range(processes):
+            self._start_worker()
+
+    # --- workers ---
+
+    def _start_worker(self) -> None:
+        env = dict(os.environ)
+        threads = str(max(1, (os.cpu_count() or 1) // self._processes))
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+            env.setdefault(name, threads)  # else every worker would start a thread for each processor
+        handle = WorkerHandle(next(self._serials), self._lease_reader, env)
+        for number, segment in self._arena.slots.items():
+            handle.tell(worker.SLOT, number, fd=segment.fd)
+        for constant in list(self._constants.values()):
+            self._tell_constant(handle, constant)
+        self._workers[handle.results] = handle
+        self._poll.register(handle.results, select.POLLIN)
+
+    def _announce(self, number: int, segment: Segment) -> None:
+        for handle in self._workers.values():
+            handle.tell(worker.SLOT, number, fd=segment.fd)
+
+    @staticmethod
+    def _tell_constant(handle: WorkerHandle, constant: SharedConstant) -> None:
+        handle.tell(worker.CONSTANT, constant.number, constant.place, constant.length, constant.segment.fd)
+
+    def _replace(self, dead: WorkerHandle) -> None:
+        """Put a new process in the place of a dead one, and give out again what it may have held."""
+        self._poll.unregister(dead.results)
+        del self._workers[dead.results]
+        dead.end()
+        cause = describe_exit(dead.process.returncode)
+        self._false_starts = 0 if dead.began else self._false_starts + 1
+        again = self._lost_to(dead, cause)
+        if self._false_starts >= MOST_FALSE_STARTS:
+            for lease in list(self._leases.values()):
+                self._fail(lease, f"{self._false_starts} worker processes {cause} before they had begun; see stderr.")
+            self._false_starts = 0
+            return
+        self._start_worker()
+        for lease in again:
+            self._issue(lease)
+
+    def _lost_to(self, dead: WorkerHandle, cause: str) -> list[Lease]:
+        """The leases that have to be given out again, those that the dead worker had marked first."""
+        marked, unmarked = [], []
+        for slot, number in sorted(self._in_slot.items(), key=lambda item: item[1]):
+            segment, lease = self._arena.slots[slot], self._leases.get(number)
+            claimed = segment.word(worker.CLAIMED)
+            if claimed == dead.serial:
+                del self._in_slot[slot]
+                self._arena.release(slot)
+                if lease is None:
+                    continue
+                lease.slots.discard(slot)
+                lease.tries += 1
+                if lease.tries < MOST_TRIES:
+                    marked.append(lease)
+                else:
+                    self._fail(lease, f"{lease.work} ended its worker process {lease.tries} times: it {cause}.")
+            elif claimed == 0 and segment.word(worker.EXPECTED) == number and lease is not None:
+                segment.set_word(worker.EXPECTED, 0)
+                unmarked.append(lease)
+        return marked + unmarked
+
+    def _fail(self, lease: Lease, reason: str) -> None:
+        lease.error = WorkerDied(
+            f"{reason} Exit by SIGKILL is most often for want of memory: use fewer processes or smaller batches."
+        )
+        self._call_off(lease)
+        lease.done = True
+
+    # --- work ---
+
+    def share(self, value: Any, earlier: Any = None) -> SharedConstant:
+        self._check_usable()
+        pickled, buffers = pickle_code(value)
+        if isinstance(earlier, SharedConstant) and earlier.holds(pickled, buffers):
+            return earlier
+        constant = SharedConstant(next(self._constant_numbers), pickled, buffers)
+        with self._turn:
+            self._constants[constant.number] = constant
+            for handle in self._workers.values():
+                self._tell_constant(handle, constant)
+        weakref.finalize(constant, self._forgotten.append, constant.number).atexit = False
+        return constant
+
+    def submit(self, work: Work) -> Lease:
+        self._check_usable()
+        lease = Lease(work)
+        lease.request = work.encode()
+        with self._turn:
+            self._sweep()
+            lease.number = next(self._numbers)
+            self._leases[lease.number] = lease
+            if self._arena.free == 0 and not self._reading:
+                self._read_results(0)
+            if len(self._in_slot) < MOST_SLOTS and not self._waiting:
+                self._issue(lease)
+            else:
+                self._waiting.append(lease)
+        return lease
+
+    def _issue(self, lease: Lease) -> None:
+        slot, segment = self._arena.take()
+        end = HEADER_BYTES + len(lease.request)
+        segment.grow(end)
+        segment.memory[HEADER_BYTES:end] = lease.request
+        segment.set_word(worker.CLAIMED, 0)
+        segment.set_word(worker.EXPECTED, lease.number)
+        lease.slots.add(slot)
+        self._in_slot[slot] = lease.number
+        os.write(self._lease_writer, worker.LEASE.pack(lease.number, slot, len(lease.request)))
+
+    def result(self, lease: Lease, how: How = "lend") -> Any:
+        with self._turn:
+            self._wait_until_done(lease)
+            if lease.error is not None:
+                raise lease.error
+            if lease.filled is None:
+                raise closed_error()
+            slot, place, length, failed = lease.filled
+            if failed:
+                raise rebuild_error(self._arena.read(slot, place, length, "copy"), lease.work)
+            return self._arena.read(slot, place, length, how, worker.load)
+
+    def _wait_until_done(self, lease: Lease) -> None:
+        while not lease.done:
+            self._check_usable()
+            if self._reading:
+                self._turn.wait()
+            else:
+                self._read_results(None)
+
+    def _read_results(self, timeout_ms: int | None) -> None:
+        """Wait for news of any worker. The lock is open meanwhile."""
+        self._reading = True
+        self._turn.release()
+        try:
+            ready = self._poll.poll(timeout_ms)
+        finally:
+            self._turn.acquire()
+            self._reading = False
+            self._turn.notify_all()
+        for fd, _ in ready:
+            if fd in self._workers:
+                self._read_worker(self._workers[fd])
+        while self._waiting and len(self._in_slot) < MOST_SLOTS:
+            waiting = self._waiting.popleft()
+            if waiting.number in self._leases:
+                self._issue(waiting)
+
+    def _read_worker(self, handle: WorkerHandle) -> None:
+        records = os.read(handle.results, 64 * worker.RESULT.size)
+        if not records:
+            self._replace(handle)
+        for kind, number, slot, place, length in worker.RESULT.iter_unpack(records):
+            if kind == worker.READY:
+                handle.began = True
+                self._false_starts = 0
+            else:
+                self._take_answer(kind, number, slot, place, length)
+
+    def _take_answer(self, kind: int, number: int, slot: int, place: int, length: int) -> None:
+        del self._in_slot[slot]
+        lease = self._leases.get(number)
+        if lease is None or kind == worker.SKIPPED:
+            self._arena.release(slot)
+            if lease is not None:
+                lease.slots.discard(slot)
+            return
+        lease.slots.discard(slot)
+        lease.filled = slot, place, length, kind == worker.FAILED
+        self._call_off(lease)
+        lease.done = True
+
+    def _call_off(self, lease: Lease) -> None:
+        """Nobody needs this lease any more: workers that have not begun it skip it."""
+        self._leases.pop(lease.number, None)
+        for slot in tuple(lease.slots):
+            if slot in self._arena.slots:
+                self._arena.slots[slot].set_word(worker.EXPECTED, 0)
+
+    def release(self, lease: Lease) -> None:
+        with self._turn:
+            if lease.filled is not None:
+                self._arena.release(lease.filled[0])
+                lease.filled = None
+
+    def abandon(self, leases: Iterable[Lease]) -> None:
+        for lease in leases:
+            self._call_off(lease)
+            self._abandoned.append(lease)
+
+    def _sweep(self) -> None:
+        """What could not be done where it became known, for want of the lock."""
+        while self._abandoned:
+            lease = self._abandoned.popleft()
+            self._call_off(lease)
+            self.release(lease)
+            lease.done = True
+        while self._forgotten:
+            number = self._forgotten.popleft()
+            for handle in self._workers.values():
+                handle.tell(worker.FORGET, number)
+
+    def _check_usable(self) -> None:
+        if not self._stop.alive:
+            raise closed_error()
+        if os.getpid() != self._pid:
+            raise RuntimeError("a pool of processes belongs to the process that made it; make one after the fork.")
+
+    def close(self) -> None:
+        with self._turn:
+            self._stop()
+            for lease in self._leases.values():
+                lease.done = True
+            self._leases.clear()
+            self._waiting.clear()
+
+
+def _stop_processes(pid: int, workers: dict[int, WorkerHandle], arena: SlotArena, fds: tuple[int, ...]) -> None:
+    if os.getpid() != pid:
+        return  # a copy in a forked process, which owns none of this
+    for handle in workers.values():
+        handle.process.terminate()
+    for handle in workers.values():
+        handle.end()
+    workers.clear()
+    arena.close()
+    for fd in fds:
+        os.close(fd)
+
+
+def describe_exit(code: int | None) -> str:
+    """What a process did, from its return code."""
+    if code is not None and code < 0:
+        try:
+            return f"was ended by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was ended by signal {-code}"
+    return f"ended with exit code {code}"
+
+
+def rebuild_error(description: dict[str, Any], work: Work) -> BaseException:
+    """The exception that a worker described, with its traceback there as a note."""
+    error: BaseException | None = None
+    if description["pickled"] is not None:
+        try:
+            error = worker.load(description["pickled"])
+        except Exception:  # noqa: BLE001 - an exception class may do anything when it is copied
+            error = None
+    if not isinstance(error, BaseException):
+        error = WorkerError(f"{description['type']}: {description['text']}")
+    error.add_note(f"Raised in worker process {description['pid']} by {work}.")
+    error.add_note("The traceback there:\n" + description["traceback"].rstrip())
+    return error
+
+
+def pickle_code(value: Any) -> tuple[bytes, list[Any]]:
+    """Pickle work or a source: functions and classes of the main script, lambdas and closures by value.
+
+    Gives the pickle and the buffers beside it. An open HDF5 node and a memory map travel as the name of their file.
+    """
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise MissingDependency(
+            "a pool of processes needs cloudpickle to send functions; `pip install joblib` has it, or use a WorkerThreadPool."
+        ) from error
+    buffers: list[Any] = []
+    file = io.BytesIO()
+
+    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            reduced = reduce_file(obj)
+            return super().reducer_override(obj) if reduced is NotImplemented else reduced
+
+    Pickler(file, protocol=5, buffer_callback=lambda buffer: buffers.append(buffer.raw())).dump(value)
+    return file.getvalue(), buffers
+
+
+def reduce_file(obj: Any) -> Any:
+    """How an array that lives in a file is sent: file and place; NotImplemented for all else."""
+    kind = type(obj)
+    if kind is np.memmap and obj.filename is not None and obj.mode in ("r", "c") and is_whole_map(obj):
+        order = "F" if obj.flags.f_contiguous and not obj.flags.c_contiguous else "C"
+        return open_memmap, (str(obj.filename), obj.dtype, obj.mode, obj.offset, obj.shape, order)
+    rows = as_rows(obj)
+    return NotImplemented if rows is obj else rows.__reduce_ex__(5)
+
+
+def is_whole_map(array: np.memmap[Any, Any]) -> bool:
+    """Whether this is the map itself; a part of one keeps its parent's offset, which would then be wrong."""
+    return not isinstance(array.base, np.ndarray) and (array.flags.c_contiguous or array.flags.f_contiguous)
+
+
+def open_memmap(path: str, dtype: Any, mode: Any, offset: int, shape: Any, order: Any) -> np.ndarray:
+    """The memory map of a file."""
+    return np.memmap(path, dtype, mode, offset, shape, order)
