@@ -35,7 +35,7 @@ from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.errors import BatchError
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.rows import as_rows
-from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotArena, SlotWriter, send_record
+from mlqueue.batch.transport import HEADER_BYTES, Empty, Recycler, Segment, SlotArena, SlotWriter, send_record
 from mlqueue.errors import MissingDependency
 
 __all__ = ["BatchCall", "Call", "Crew", "Lease", "ProcessCrew", "SharedConstant", "ThreadCrew", "WorkerDied", "WorkerError"]
@@ -82,20 +82,24 @@ class BatchCall:
     """A batch to be prepared by a worker: the samples of `source` that `index_batch` names.
 
     `source` is a data source, or a :class:`SharedConstant` of one. `key` is what the worker's global random generators
-    are seeded from; its last part is the number of the batch.
+    are seeded from; its last part is the number of the batch. `empty` makes the arrays where a thread prepares it.
     """
 
-    __slots__ = ("index_batch", "key", "source")
+    __slots__ = ("empty", "index_batch", "key", "source")
 
-    def __init__(self, source: Any, index_batch: Any, key: worker.Key) -> None:
-        self.source, self.index_batch, self.key = source, index_batch, key
+    def __init__(self, source: Any, index_batch: Any, key: worker.Key, empty: Empty = np.empty) -> None:
+        self.source, self.index_batch, self.key, self.empty = source, index_batch, key, empty
 
     def run(self) -> Any:
         """Do it here."""
-        return self.source.samples_by_indices_nomapping(self.index_batch)
+        return worker.gather(self.source, self.index_batch, self.empty)
 
     def encode(self) -> bytes:
         """The request to a worker process."""
+        index = self.index_batch
+        if type(index) is np.ndarray and index.dtype.kind in "iu" and index.ndim == 1:
+            # What most are; to pickle the array takes five times as long.
+            return pickle.dumps(("rows", self.source.number, index.dtype.str, index.tobytes(), self.key), 5)
         request = ("batch", self.source.number, self.index_batch, self.key)
         return pickle.dumps(request, 5) if is_plain(self.index_batch) else pickle_code(request)[0]
 
@@ -142,6 +146,15 @@ class Lease:
 
 class Crew(ABC):
     """Workers of one kind."""
+
+    def __init__(self, workers: int) -> None:
+        #: How many there are.
+        self.workers = workers
+
+    @property
+    def empty(self) -> Empty:
+        """What makes the arrays of batches where the workers share the memory of this process."""
+        return np.empty
 
     @abstractmethod
     def share(self, value: Any, earlier: Any = None) -> Any:
@@ -195,6 +208,8 @@ class ThreadCrew(Crew):
     """Threads of this process. Results are handed over as they are."""
 
     def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._recycler = Recycler()
         self._inbox: Inbox = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=_work_in_thread, args=(self._inbox,), name=f"mlqueue-batch-{n}", daemon=True)
@@ -204,6 +219,10 @@ class ThreadCrew(Crew):
             thread.start()
         self._closed = False
         self._stop = weakref.finalize(self, _stop_threads, self._inbox, threads)
+
+    @property
+    def empty(self) -> Empty:
+        return self._recycler.empty
 
     def share(self, value: Any, earlier: Any = None) -> Any:
         return value
@@ -361,8 +380,8 @@ class ProcessCrew(Crew):
     """Processes started afresh (never forked), which import nothing of the main script."""
 
     def __init__(self, processes: int) -> None:
+        super().__init__(processes)
         self._pid = os.getpid()
-        self._processes = processes
         self._numbers, self._serials, self._constant_numbers = itertools.count(1), itertools.count(1), itertools.count(1)
         self._turn = threading.Condition(threading.RLock())
         self._reading = False  # whether a thread waits for results, for itself and the others
@@ -387,7 +406,7 @@ class ProcessCrew(Crew):
 
     def _start_worker(self) -> None:
         env = dict(os.environ)
-        threads = str(max(1, (os.cpu_count() or 1) // self._processes))
+        threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
             env.setdefault(name, threads)  # else every worker would start a thread for each processor
         handle = WorkerHandle(next(self._serials), self._lease_reader, env)

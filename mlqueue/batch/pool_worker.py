@@ -23,11 +23,12 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotWriter, read_description, receive_record
 
@@ -168,15 +169,38 @@ def constant_parts(body: Any, buffers: Sequence[Any]) -> tuple[list[str], bytes,
 
 
 def perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Callable[..., np.ndarray]) -> Any:
-    """Do what a request says: ``("call", fn, args, kwargs)`` or ``("batch", constant, index batch, key)``."""
-    if request[0] == "call":
-        _, function, args, kwargs = request
+    """Do what a request says.
+
+    ``("call", fn, args, kwargs)``, ``("batch", constant, index batch, key)``, or the short form of the latter for most
+    index batches, ``("rows", constant, dtype, bytes, key)``.
+    """
+    kind, *rest = request
+    if kind == "call":
+        function, args, kwargs = rest
         return function(*args, **kwargs)
-    _, number, index_batch, key = request
+    if kind == "rows":
+        number, dtype, content, key = rest
+        index_batch: Any = np.frombuffer(bytearray(content), dtype)
+    else:
+        number, index_batch, key = rest
     source = constant(number)
-    seed_global(seeded_key(index_batch) or key)
+    if not is_pure(source):
+        seed_global(seeded_key(index_batch) or key)
+    return gather(source, index_batch, empty)
+
+
+def gather(source: Any, index_batch: Any, empty: Callable[..., np.ndarray]) -> Any:
+    """The samples of a source, in arrays made by `empty` where the source can do so."""
     into = getattr(source, "samples_into", None)
     return source.samples_by_indices_nomapping(index_batch) if into is None else into(index_batch, empty)
+
+
+def is_pure(source: Any) -> bool:
+    """Whether a source only takes rows of numpy arrays, so that no code of the user's runs."""
+    if type(source) is not ArrayDataSource:
+        return False
+    arrays = source.data.values() if isinstance(source.data, Mapping) else source.data
+    return all(type(array) in (np.ndarray, np.memmap) and not array.dtype.hasobject for array in arrays)
 
 
 def seeded_key(index_batch: Any) -> Key | None:

@@ -20,7 +20,9 @@ pickled unless both sides pass functions for it.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
+import math
 import mmap
 import os
 import socket
@@ -473,3 +475,45 @@ def _owned(node: Any) -> Any:
     if kind is dict:
         return {name: _owned(part) for name, part in node.items()}
     return node
+
+
+class Recycler:
+    """Memory of this process for batches, used again when the last array over it is gone.
+
+    Fresh memory costs a page fault for every 4 kB, which for large batches takes longer than filling them.
+    """
+
+    def __init__(self, most_free: int = 32) -> None:
+        #: How many blocks are kept while nobody uses them.
+        self.most_free = most_free
+        self._free: deque[np.ndarray] = deque(maxlen=most_free)
+        self._in_use: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
+        self._number = itertools.count()
+
+    def empty(self, shape: Any, dtype: Any) -> np.ndarray:
+        """An array of `shape` and `dtype` with any content, like ``numpy.empty``. May be called by any thread."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else 0
+        if nbytes < INITIAL_BYTES or dtype.hasobject:
+            return np.empty(shape, dtype)
+        block = self._take(nbytes)
+        # What is watched: all arrays made of it keep it alive. A mere view of the block they would replace by the block.
+        whole = np.frombuffer(memoryview(block), np.uint8, nbytes)
+        number = next(self._number)
+        self._in_use[number] = weakref.ref(whole, lambda _: self._give_back(number)), block
+        return whole.view(dtype).reshape(shape)
+
+    def _take(self, nbytes: int) -> np.ndarray:
+        for _ in range(len(self._free)):
+            try:
+                block = self._free.pop()
+            except IndexError:
+                break
+            if nbytes <= len(block) <= 2 * nbytes:
+                return block
+            self._free.appendleft(block)
+        return np.empty(nbytes, np.uint8)
+
+    def _give_back(self, number: int) -> None:
+        _, block = self._in_use.pop(number)
+        self._free.append(block)

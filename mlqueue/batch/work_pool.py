@@ -16,13 +16,17 @@ from __future__ import annotations
 
 from abc import ABC
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any, Generic, Literal, Self, TypeVar
+
+import numpy as np
 
 from mlqueue.batch.crew import BatchCall, Call, Crew, ProcessCrew, SharedConstant, ThreadCrew, WorkerDied, WorkerError
 from mlqueue.batch.data_source import AbstractDataSource, need_random_access, noise_entropy, state_of
 from mlqueue.batch.iteration import BatchIterator
 from mlqueue.batch.order import as_shuffle
+from mlqueue.batch.pool_worker import is_pure
 
 __all__ = [
     "AbstractWorkerPool",
@@ -36,6 +40,8 @@ __all__ = [
     "WorkerThreadPool",
 ]
 
+#: Small batches of plain arrays are gathered together, up to about so many bytes, and parted when they are given.
+GROUP_BYTES = 1 << 20
 #: Every so many batches the place of the index iterator is noted, so that a state can be made for any batch.
 ANCHOR_EVERY = 128
 
@@ -251,30 +257,58 @@ class ParallelIterator(BatchIterator):
     def _start(self, indices: Any, number: int) -> None:
         self._indices = indices
         self._drawn = self._given = number
+        self._parts: deque[Any] = deque()  # batches of a group that are to be given
+        self._sizes: deque[list[int]] = deque()  # of the groups under way: the numbers of samples
         self._anchors: deque[tuple[int, Any]] = deque()  # number of a batch, state of the indices before it
         how: Literal["lend", "view"] = "lend" if self._source.copy else "view"
-        self._window = Window(self._source.pool._crew, iter(self._next_call, None), self._source.batch_buffer_size, how)
+        crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
+        self._empty = crew.empty
+        self._group = group_size(self._source.ds, self._batch_size, ahead // (2 * crew.workers))
+        self._window = Window(crew, self._calls(), ahead // self._group, how)
 
-    def _next_call(self) -> BatchCall:
+    def _calls(self) -> Iterator[BatchCall]:
+        failure: BaseException | None = None
+        while failure is None:
+            indices: list[Any] = []
+            try:
+                while len(indices) < self._group:
+                    indices.append(self._draw())
+            except BaseException as error:  # noqa: BLE001 - raised behind what was drawn before
+                failure = error
+            if indices:
+                joined = indices[0] if len(indices) == 1 else np.concatenate(indices)
+                self._sizes.append([0] if self._group == 1 else [len(part) for part in indices])
+                yield BatchCall(self._shared, joined, (*self._stream, self._drawn - len(indices)), self._empty)
+        if not isinstance(failure, StopIteration):
+            raise failure
+
+    def _draw(self) -> Any:
         if not self._anchors or self._drawn - self._anchors[-1][0] >= ANCHOR_EVERY:
             save = getattr(self._indices, "state_dict", None)
             self._anchors.append((self._drawn, None if save is None else quiet_state(save)))
-        call = BatchCall(self._shared, next(self._indices), (*self._stream, self._drawn))
+        index_batch = next(self._indices)
         self._drawn += 1
-        return call
+        return index_batch
 
     def __next__(self) -> Any:
         if self._closed:
             raise StopIteration
+        if not self._parts:
+            self._parts.extend(self._take())
+        self._given += 1
+        return self._parts.popleft()
+
+    def _take(self) -> list[Any]:
         try:
             batch = self._window.take()
         except (StopIteration, KeyboardInterrupt):
             raise
         except BaseException:
-            self._given += 1
+            if self._sizes:  # else it was the indices that could not be drawn
+                self._given += len(self._sizes.popleft())
             raise
-        self._given += 1
-        return batch
+        sizes = self._sizes.popleft()
+        return [batch] if self._group == 1 else part_batch(batch, sizes)
 
     def state_dict(self) -> dict[str, Any]:
         while len(self._anchors) > 1 and self._anchors[1][0] <= self._given:
@@ -315,6 +349,24 @@ class ParallelIterator(BatchIterator):
     def __del__(self) -> None:
         if hasattr(self, "_window"):
             self._window.close()
+
+
+def group_size(ds: AbstractDataSource, batch_size: int, most: int) -> int:
+    """How many batches of a source are best gathered at once: several where they are small and nothing else is done."""
+    if most < 2 or not is_pure(ds):
+        return 1
+    arrays = ds.data.values() if isinstance(ds.data, Mapping) else ds.data  # type: ignore[attr-defined]
+    sample_bytes = sum(array.nbytes // max(1, len(array)) for array in arrays)
+    return max(1, min(most, GROUP_BYTES // max(1, sample_bytes * batch_size)))
+
+
+def part_batch(batch: Any, sizes: list[int]) -> list[Any]:
+    """The batches of these numbers of samples that were gathered as one tuple or dict of arrays."""
+    ends = list(accumulate(sizes))
+    spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    if isinstance(batch, dict):
+        return [{name: array[span] for name, array in batch.items()} for span in spans]
+    return [tuple([array[span] for array in batch]) for span in spans]
 
 
 def quiet_state(save: Callable[[], Any]) -> Any:
