@@ -59,7 +59,7 @@ def dump(value: Any, keep_buffer: Callable[[Any], Any] | None = None) -> bytes:
     try:
         return pickle.dumps(value, protocol=5, buffer_callback=keep_buffer)
     except (pickle.PicklingError, AttributeError, TypeError):
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped,unused-ignore]
 
         file = io.BytesIO()
         cloudpickle.CloudPickler(file, protocol=5, buffer_callback=keep_buffer).dump(value)

@@ -41,6 +41,7 @@ __all__ = [
     "ALIGNMENT",
     "HEADER_BYTES",
     "Empty",
+    "Recycler",
     "Segment",
     "SlotArena",
     "SlotWriter",
@@ -275,7 +276,7 @@ class SlotWriter:
             address, nbytes = array.__array_interface__["data"][0], array.nbytes
             for start, length, place in self._made:
                 if start <= address and address + nbytes <= start + length:
-                    return place + address - start
+                    return int(place + address - start)
         place = self._reserve(array.nbytes)
         np.copyto(np.ndarray(array.shape, array.dtype, self.segment.memory, place), array)
         return place
@@ -283,8 +284,8 @@ class SlotWriter:
     def _pickled(self, node: Any) -> list[Any]:
         if self._dump is None:
             raise TypeError(
-                f"a {type(node).__name__} cannot travel in a batch; use arrays, numbers, texts, None, and tuples, lists "
-                "and dicts of them."
+                f"a {type(node).__name__} cannot travel in a batch; use arrays, numbers, texts, None, and tuples, "
+                "lists and dicts of them."
             )
         buffers: list[Any] = []
         body = self._dump(node, buffers.append)
@@ -443,7 +444,8 @@ class SlotArena:
             whole.flags.writeable = False
             return plan(whole, load)
         if how == "lend" and place >= self.small and self.lent < self.most_lent:
-            self._lent[number] = weakref.ref(whole, lambda _, give=self._returned.append: give(number))
+            give_back = self._returned.append  # not self: the arena may go before the arrays do
+            self._lent[number] = weakref.ref(whole, lambda _: give_back(number))
             return plan(whole, load)
         try:
             return _owned(plan(whole, None if load is None else lambda body, buffers: load(body, _owned(buffers))))
@@ -497,11 +499,12 @@ class Recycler:
         if nbytes < INITIAL_BYTES or dtype.hasobject:
             return np.empty(shape, dtype)
         block = self._take(nbytes)
-        # What is watched: all arrays made of it keep it alive. A mere view of the block they would replace by the block.
-        whole = np.frombuffer(memoryview(block), np.uint8, nbytes)
+        # What is watched: all arrays made of it keep it alive. (Of a mere view of the block they would keep the block.)
+        whole = np.frombuffer(block.data, np.uint8, nbytes)
         number = next(self._number)
         self._in_use[number] = weakref.ref(whole, lambda _: self._give_back(number)), block
-        return whole.view(dtype).reshape(shape)
+        array: np.ndarray = whole.view(dtype).reshape(shape)
+        return array
 
     def _take(self, nbytes: int) -> np.ndarray:
         for _ in range(len(self._free)):

@@ -14,7 +14,6 @@ source itself gives, in its order: the indices are drawn by the process that ite
 
 from __future__ import annotations
 
-from abc import ABC
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
@@ -22,11 +21,12 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
-from mlqueue.batch.crew import BatchCall, Call, Crew, ProcessCrew, SharedConstant, ThreadCrew, WorkerDied, WorkerError
+from mlqueue.batch.crew import BatchCall, Call, Crew, ThreadCrew
 from mlqueue.batch.data_source import AbstractDataSource, need_random_access, noise_entropy, state_of
 from mlqueue.batch.iteration import BatchIterator
 from mlqueue.batch.order import as_shuffle
 from mlqueue.batch.pool_worker import is_pure
+from mlqueue.batch.process_crew import ProcessCrew, SharedConstant, WorkerDied, WorkerError
 
 __all__ = [
     "AbstractWorkerPool",
@@ -48,14 +48,14 @@ ANCHOR_EVERY = 128
 T = TypeVar("T", Call, BatchCall)
 
 
-class AbstractWorkerPool(ABC):
+class AbstractWorkerPool:
     """What both pools have in common. A pool is a context manager; it ends its workers when closed or dropped."""
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
 
     def shared_constant(self, x: Any) -> Any:
-        """A stand-in for `x` among the arguments of tasks, so that `x` is sent to every worker once, not with each task.
+        """A stand-in for `x` among the arguments of tasks: `x` is then sent to every worker once, not with each task.
 
         With threads it is `x`. With processes it is a :class:`SharedConstant`: the workers get `x` as it was when this
         was called, and numpy arrays in it lie in memory that all of them share.
@@ -107,7 +107,8 @@ class Window(Generic[T]):
     """Work of an iterator, given out up to `size` pieces ahead, and its results in order."""
 
     def __init__(self, crew: Crew, work: Iterator[T], size: int, how: Literal["lend", "view"] = "lend") -> None:
-        self._crew, self._work, self._size, self._how = crew, work, size, how
+        self._crew, self._size, self._how = crew, size, how
+        self._work: Iterator[T] = work
         self._leases: deque[Any] = deque()
         self._seen: Any = None  # the lease whose result is in use as a view
         self._failure: BaseException | None = None
@@ -199,9 +200,8 @@ class ParallelDataSource(AbstractDataSource):
     """The batches of a data source, prepared by the workers of a pool, in the source's own order.
 
     `ds`: a source with access by index (else TypeError). `batch_buffer_size`: how many batches are prepared ahead, at
-    least 1. `pool`: one of the pools. `copy`: with processes, batches are arrays of your own, to write into and to keep;
-    ``copy=False`` gives arrays that cannot be written and are valid until the next batch. With threads it is all the
-    same.
+    least 1. `pool`: one of the pools. `copy`: batches are arrays of your own, to write into and to keep; from
+    processes, ``copy=False`` gives arrays that cannot be written and are valid until the next batch.
 
     A pool of processes sees the source as it is when :meth:`batch_iterator` is called.
     """
@@ -315,11 +315,11 @@ class ParallelIterator(BatchIterator):
             self._anchors.popleft()
         number, anchor = self._anchors[0]
         if anchor is None:
-            return state_of(self._indices)  # raises, saying what is missing
-        state: dict[str, Any] = self._state_after(anchor, self._given - number)
+            state_of(self._indices)  # raises, saying what is missing
+        state = self._state_after(anchor, self._given - number)
         return {**state, "pool": {"stream": list(self._stream), "number": self._given}}
 
-    def _state_after(self, anchor: Any, skipped: int) -> Any:
+    def _state_after(self, anchor: Any, skipped: int) -> dict[str, Any]:
         """The state of the indices so many batches behind an anchor: drawn again, with the generator put back after."""
         before = None if self._shuffle is None else self._shuffle.get_state()
         try:
@@ -327,7 +327,8 @@ class ParallelIterator(BatchIterator):
             indices.load_state_dict(anchor)
             for _ in range(skipped):
                 next(indices)
-            return indices.state_dict()
+            state: dict[str, Any] = indices.state_dict()
+            return state
         finally:
             if self._shuffle is not None:
                 self._shuffle.set_state(before)
@@ -357,7 +358,8 @@ def group_size(ds: AbstractDataSource, batch_size: int, most: int) -> int:
         return 1
     arrays = ds.data.values() if isinstance(ds.data, Mapping) else ds.data  # type: ignore[attr-defined]
     sample_bytes = sum(array.nbytes // max(1, len(array)) for array in arrays)
-    return max(1, min(most, GROUP_BYTES // max(1, sample_bytes * batch_size)))
+    fitting: int = GROUP_BYTES // max(1, sample_bytes * batch_size)
+    return max(1, min(most, fitting))
 
 
 def part_batch(batch: Any, sizes: list[int]) -> list[Any]:
