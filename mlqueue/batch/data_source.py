@@ -479,7 +479,10 @@ class ChoiceDataSource(AbstractDataSource):
         return sum(n for n in (ds.num_samples(**kwargs) for ds in self.datasets) if n is not None)
 
     def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
-        counts = self._member_batches(batch_size, {"shuffle": None, **kwargs})
+        kwargs.setdefault("shuffle", None)
+        if not self.stratified and any(ds.num_batches(batch_size, **kwargs) is None for ds in self.datasets):
+            return None
+        counts = self._member_batches(batch_size, kwargs)
         known = [count for count in counts if count is not None]
         if len(known) < len(counts):
             return None
@@ -492,7 +495,16 @@ class ChoiceDataSource(AbstractDataSource):
         return None if as_shuffle(kwargs.get("shuffle")) else int(shortest) * len(known) + known.index(shortest)
 
     def _member_batches(self, batch_size: int, kwargs: dict[str, Any]) -> list[float | int | None]:
-        return [ds.num_batches(batch_size, **kwargs) for ds in self.datasets]
+        counts = []
+        for ds in self.datasets:
+            count, n = ds.num_batches(batch_size, **kwargs), ds.num_samples(**kwargs)
+            if n is not None and np.isinf(n):
+                count = n
+            elif n is not None and count is None:
+                # An estimate will do: what comes beyond it, or does not come, is dealt with.
+                count = num_batches(int(n), batch_size)
+            counts.append(count)
+        return counts
 
     def _visits_all(self, counts: list[float | int | None]) -> bool:
         return self.stratified and not any(count is not None and np.isinf(count) for count in counts)
@@ -543,7 +555,12 @@ class ChoiceDataSource(AbstractDataSource):
                 "stratified=True needs to know how many samples each member has, and member "
                 f"{counts.index(None)} does not; give its num_samples, or stratified=False."
             )
-        return StratifiedIterator(members, shuffle, epoch, wrap, [int(count) for count in counts if count is not None])
+        sure = [
+            ds.is_random_access and ds.num_batches(batch_size, **member_kwargs(kwargs, number)) is not None
+            for number, ds in enumerate(self.datasets)
+        ]
+        expected = [int(count) for count in counts if count is not None]
+        return StratifiedIterator(members, shuffle, epoch, wrap, expected, sure)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ChoiceDataSource:
         """A choice of the members' parts; see :meth:`RandomAccessDataSource.shard`."""
@@ -824,7 +841,10 @@ class ChoiceIterator(SeveralIterators):
 
 
 class StratifiedIterator(SeveralIterators):
-    """All batches of all members, spread evenly or at random. `counts`: how many each is expected to give."""
+    """All batches of all members, spread evenly or at random.
+
+    `counts`: how many each is expected to give; `sure`: whether it will give exactly as many.
+    """
 
     def __init__(
         self,
@@ -833,8 +853,10 @@ class StratifiedIterator(SeveralIterators):
         epoch: int,
         wrap: Callable[[Any, int], Any] | None,
         counts: list[int],
+        sure: list[bool],
     ) -> None:
         super().__init__(members)
+        self._unsure = [member for member, is_sure in enumerate(sure) if not is_sure]
         self._shuffle, self._epoch, self._wrap, self._counts = shuffle, epoch, wrap, counts
         self._schedule: np.ndarray | None = None
         self._place = 0
@@ -845,9 +867,8 @@ class StratifiedIterator(SeveralIterators):
         while True:
             if self._place < len(self._schedule):
                 member = int(self._schedule[self._place])
-            elif self._place < len(self._schedule) + len(self._members):
-                # A member may give more than it was expected to.
-                member = self._place - len(self._schedule)
+            elif self._place < len(self._schedule) + len(self._unsure):
+                member = self._unsure[self._place - len(self._schedule)]
             else:
                 raise StopIteration
             try:
@@ -863,9 +884,10 @@ class StratifiedIterator(SeveralIterators):
         if self._shuffle is not None:
             self._shuffle.shuffle(members, self._epoch)
             return members
-        # The k-th of n batches of a member stands at k / n of the whole.
-        at = np.concatenate([np.arange(count) / count for count in self._counts if count] or [np.empty(0)])
-        spread: np.ndarray = members[np.argsort(at, kind="stable")]
+        # In as many steps as the longest member has batches; of n batches, number k comes at the step k * steps / n.
+        steps = max(self._counts, default=0)
+        at = [-(-np.arange(count) * steps // count) for count in self._counts if count]
+        spread: np.ndarray = members[np.lexsort((members, np.concatenate(at)))] if at else members
         return spread
 
     def state_dict(self) -> dict[str, Any]:

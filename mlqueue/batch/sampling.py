@@ -292,13 +292,17 @@ class EpochStream(IndexIterator):
         self._done = False
 
     def next_span(self) -> Span:
-        start, stop = self._position, self._position + self._batch_size
-        if stop > self._length or self._epoch < self._first_epoch:
+        stop = self._position + self._batch_size
+        if self._epoch < self._first_epoch:
+            self._begin_epoch()
+            stop = self._position + self._batch_size
+        if stop > self._length:
             return self._straddle()
-        self._position = stop
+        start, self._position = self._position, stop
         return self._span(start, stop)
 
     def _straddle(self) -> Span:
+        """The end of an epoch and the start of the next, or of several."""
         parts: list[Span] = []
         wanted = self._batch_size
         while wanted:
@@ -307,7 +311,9 @@ class EpochStream(IndexIterator):
                 parts.append(self._span(self._position, self._position + taken))
                 self._position += taken
                 wanted -= taken
-            if wanted and not self._begin_epoch():
+            # The next order is drawn as soon as an epoch ends in here: BatchUp does, and what a generator that
+            # several sources share gives to each of them depends on it.
+            if self._position == self._length and not self._begin_epoch():
                 break
         if not parts:
             raise StopIteration
