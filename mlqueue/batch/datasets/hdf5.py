@@ -1,8 +1,9 @@
 """Rows of an HDF5 file, read when they are asked for.
 
 PyTables takes an array of integers for the coordinates of points, not for rows, and refuses repeated ones; its nodes
-cannot be sent to another process. :class:`HDF5Rows` is what a mini-batch needs instead: an array-like whose rows are
-gathered in any order, repeats included, and that opens its file anew wherever it arrives.
+cannot be sent to another process. :class:`StoredRows` is what a mini-batch needs instead: an array-like, known by the
+path of its file, whose rows are gathered in any order, repeats included, and that opens the file anew wherever it
+arrives. (For nodes that you have opened yourself there is :mod:`mlqueue.batch.rows`; the lock is the same.)
 """
 
 from __future__ import annotations
@@ -18,20 +19,17 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from mlqueue.batch import rows
 from mlqueue.errors import MissingDependency, MLQueueError
 
-__all__ = ["DatasetFileError", "HDF5File", "HDF5Rows", "creating"]
+__all__ = ["DatasetFileError", "HDF5File", "StoredRows", "creating"]
 
 #: Rows not asked for are read along when that saves a call and costs at most this many bytes.
 _GAP_BYTES = 1 << 14
 
-# PyTables and its registry of open files are not thread-safe.
-_lock = threading.RLock()
-
 
 def _new_lock() -> None:
-    global _lock
-    _lock = threading.RLock()
+    rows.HDF5_LOCK = threading.RLock()
 
 
 # A child forked while another thread was reading would wait for ever.
@@ -73,12 +71,12 @@ class HDF5File:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Hold the lock under which nodes are read."""
-        with _lock:
+        with rows.HDF5_LOCK:
             yield
 
-    def rows(self, name: str, dtype: npt.DTypeLike | None = None) -> HDF5Rows:
+    def rows(self, name: str, dtype: npt.DTypeLike | None = None) -> StoredRows:
         """The array ``name``, read lazily."""
-        return HDF5Rows(self, name, dtype)
+        return StoredRows(self, name, dtype)
 
     def read(self, name: str) -> Any:
         """All of the array ``name``; of a ragged one (VLArray) a list of its rows."""
@@ -105,11 +103,11 @@ def _close_own(handles: dict[int, Any]) -> None:
     # A handle inherited through fork stays: its state belongs to the parent.
     handle = handles.pop(os.getpid(), None)
     if handle is not None and handle.isopen:
-        with _lock:
+        with rows.HDF5_LOCK:
             handle.close()
 
 
-class HDF5Rows:
+class StoredRows:
     """An array in an HDF5 file whose rows are read when they are indexed.
 
     It is indexed by an integer, a slice, an array of integers (rows in that order, repeats allowed) or a mask of
@@ -138,10 +136,10 @@ class HDF5Rows:
         self._gap = _GAP_BYTES // max(1, self._stored.itemsize * int(np.prod(self.shape[1:])))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return HDF5Rows, (self.file, self.name, self.dtype)
+        return StoredRows, (self.file, self.name, self.dtype)
 
     def __repr__(self) -> str:
-        return f"HDF5Rows({self.file.path!r}, {self.name!r}, shape={self.shape}, dtype={self.dtype})"
+        return f"StoredRows({self.file.path!r}, {self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
     @property
     def ndim(self) -> int:
@@ -199,11 +197,11 @@ class HDF5Rows:
         first, rest = index[0], index[1:]
         if np.ndim(first) > 1:
             return np.asarray(self)[index]
-        rows = self[first]
-        if rows.ndim < self.ndim:  # one row
-            return rows[rest]
+        chosen = self[first]
+        if chosen.ndim < self.ndim:  # one row
+            return chosen[rest]
         # Several arrays of indices pair up, as in numpy.
-        return rows[(slice(None) if isinstance(first, slice) else np.arange(len(rows)), *rest)]
+        return chosen[(slice(None) if isinstance(first, slice) else np.arange(len(chosen)), *rest)]
 
     def _row(self, number: int) -> Any:
         if not -len(self) <= number < len(self):
@@ -255,24 +253,24 @@ def _as_row_numbers(index: Any, length: int) -> npt.NDArray[Any]:
 def _in_bounds(numbers: npt.NDArray[Any], length: int, mode: str) -> npt.NDArray[np.intp]:
     if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
         raise IndexError(f"rows are numbered by integers, not {numbers.dtype}")
-    rows = numbers.astype(np.intp, copy=False)
+    found = numbers.astype(np.intp, copy=False)
     if mode == "clip":
-        return np.clip(rows, 0, length - 1)
+        return np.clip(found, 0, length - 1)
     if mode == "wrap":
-        return rows % length
+        return found % length
     if mode != "raise":
         raise ValueError(f"mode must be 'raise', 'clip' or 'wrap', not {mode!r}")
-    if rows.size and not (-length <= rows.min() and rows.max() < length):
-        wrong = rows[(rows < -length) | (rows >= length)][0]
+    if found.size and not (-length <= found.min() and found.max() < length):
+        wrong = found[(found < -length) | (found >= length)][0]
         raise IndexError(f"row {wrong} is out of bounds: there are {length}")
-    return np.where(rows < 0, rows + length, rows)
+    return np.where(found < 0, found + length, found)
 
 
 @contextlib.contextmanager
 def creating(path: str, group: str, title: str) -> Iterator[Group]:
     """A new HDF5 file with one group, to be written; closed at the end."""
     tables = _tables()
-    with _lock, tables.open_file(path, mode="w", title=title) as file:
+    with rows.HDF5_LOCK, tables.open_file(path, mode="w", title=title) as file:
         yield Group(file, file.create_group(file.root, group, title))
 
 

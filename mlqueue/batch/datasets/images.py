@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlqueue.batch.datasets.dataset import DatasetFetch, DatasetUnavailable
-from mlqueue.batch.datasets.hdf5 import DatasetFileError, HDF5File, HDF5Rows
+from mlqueue.batch.datasets.hdf5 import DatasetFileError, HDF5File, StoredRows
 from mlqueue.batch.image.utils import ImageArrayUInt8ToFloat32
 
 __all__ = ["H5Dataset", "ImageDataset", "read_labels", "required_path", "split_point"]
@@ -43,7 +43,7 @@ class H5Dataset:
     ) -> None:
         self.close()
 
-    def _images(self, name: str, row_shape: tuple[int, ...], count: int) -> HDF5Rows:
+    def _images(self, name: str, row_shape: tuple[int, ...], count: int) -> StoredRows:
         rows = self._file.rows(name)
         if rows.shape != (count, *row_shape) or rows.dtype != np.uint8:
             raise DatasetFileError(

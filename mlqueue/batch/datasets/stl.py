@@ -126,7 +126,7 @@ class STL(H5Dataset):
         self.train_y, self.val_y = labels[self._train], labels[self._val]
 
     @functools.cached_property
-    def train_X_u8(self) -> npt.NDArray[np.uint8] | hdf5.HDF5Rows:  # noqa: N802 - BatchUp's name
+    def train_X_u8(self) -> npt.NDArray[np.uint8] | hdf5.StoredRows:  # noqa: N802 - BatchUp's name
         """The training images, uint8: in memory, but rows of the file without a validation set."""
         return self._stored_train.take(self._train) if len(self._val) else self._stored_train
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlqueue.batch.datasets import dataset
-from mlqueue.batch.datasets.hdf5 import DatasetFileError, HDF5Rows
+from mlqueue.batch.datasets.hdf5 import DatasetFileError, StoredRows
 from mlqueue.batch.datasets.images import H5Dataset, read_labels, required_path, split_point
 
 __all__ = ["USPS", "delete_cache", "usps_data"]
@@ -69,7 +69,7 @@ class USPS(H5Dataset):
         """The validation images, float32."""
         return self._stored_train[self._n_train :]
 
-    def _digits(self, name: str, count: int) -> HDF5Rows:
+    def _digits(self, name: str, count: int) -> StoredRows:
         rows = self._file.rows(name, np.float32)
         if rows.shape != (count, *_ROW_SHAPE):
             raise DatasetFileError(

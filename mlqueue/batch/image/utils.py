@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlqueue.batch.rows import as_rows
+
 __all__ = ["ImageArrayUInt8ToFloat32"]
 
 
@@ -20,7 +22,7 @@ class ImageArrayUInt8ToFloat32:
     ----------
     arr_u8:
         Any array-like of uint8: it has ``__len__`` and ``__getitem__`` and, best, ``shape`` (a numpy array, a memory
-        map, rows of an HDF5 file).
+        map, a node of an HDF5 file).
     val_lower, val_upper:
         The ends of the range of the values, by default 0 and 1.
     """
@@ -53,7 +55,7 @@ class ImageArrayUInt8ToFloat32:
         return f"{type(self).__name__}({self.arr_u8!r}, {self.offset:g}, {upper:g})"
 
     def __getitem__(self, index: Any) -> Any:
-        return self._convert(self.arr_u8[index])
+        return self._convert(as_rows(self.arr_u8)[index])
 
     def take(
         self, indices: npt.ArrayLike, axis: int = 0, out: npt.NDArray[Any] | None = None, mode: str = "raise"
@@ -64,7 +66,7 @@ class ImageArrayUInt8ToFloat32:
         if hasattr(self.arr_u8, "take"):
             rows = self.arr_u8.take(indices, axis=0, mode=mode)
         else:
-            rows = self.arr_u8[_resolve(np.asarray(indices), len(self), mode)]
+            rows = as_rows(self.arr_u8)[_resolve(np.asarray(indices), len(self), mode)]
         converted: npt.NDArray[np.float32] = self._convert(rows, out)
         return converted
 
