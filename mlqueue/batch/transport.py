@@ -31,6 +31,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,9 @@ ALIGNMENT = 64
 HEADER_BYTES = 64
 #: The size of a new slot, in bytes; it grows to fit what is written into it.
 INITIAL_BYTES = 65536
+
+#: When a slot grows by more than this many bytes, it is asked first whether there is room.
+CHECKED_BYTES = 1 << 24
 
 #: Makes an array of a shape and dtype, with any content, as ``numpy.empty`` does.
 Empty = Callable[[Any, Any], np.ndarray]
@@ -109,7 +113,7 @@ class Segment:
         if size > present:
             # A little more than asked for, so that batches of slightly different sizes do not grow it every time.
             present = _round_up(size + max(size >> 5, INITIAL_BYTES), mmap.PAGESIZE)
-            _allocate(self.fd, 0, present)
+            _allocate(self.fd, os.fstat(self.fd).st_size, present)
         self._map(present)
 
     def cover(self, size: int) -> None:
@@ -160,18 +164,45 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _allocate(fd: int, start: int, size: int) -> None:
-    # Allocated now, because a page that cannot be had later is a SIGBUS.
+def _allocate(fd: int, present: int, size: int) -> None:
+    """Make the file that has `present` bytes one of `size` bytes."""
+    # Now, because a page that cannot be had later is a SIGBUS. The kernel would rather end a process than refuse.
+    room = memory_room() if size - present > CHECKED_BYTES else None
+    if room is not None and size - present > room:
+        raise _no_room(size, f"{room:,} bytes are free")
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, start, size)
+            os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)  # type: ignore[unreachable,unused-ignore]
     except OSError as error:
-        raise TransportError(
-            f"there is no memory for a slot of {size:,} bytes ({error.strerror}); lower batch_buffer_size or the batch "
-            "size, or give the container more memory."
-        ) from error
+        raise _no_room(size, str(error.strerror)) from error
+
+
+def _no_room(size: int, reason: str) -> TransportError:
+    return TransportError(
+        f"there is no memory for a slot of {size:,} bytes ({reason}); lower batch_buffer_size or the batch size, or give "
+        "the machine or container more memory."
+    )
+
+
+def memory_room() -> int | None:
+    """How many bytes can be had: of the machine, and of the control group (version 2); None where neither is known."""
+    known = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                known.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    group = Path("/sys/fs/cgroup")
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        known.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, KeyError):
+        pass  # no such group, or no limit ("max")
+    return min(known, default=None)
 
 
 def _round_up(size: int, multiple: int) -> int:
