@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
+import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from children import Children, Telling
 from fileserver import Fault, FileServer
 
 from mlqueue.batch import config, download
@@ -203,30 +203,23 @@ def _download(url: str, target: Path) -> None:
     download.download([url], target, sha256=DIGEST)
 
 
-def test_two_processes_make_one_download(server: FileServer, target: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_download, args=(server.url + "file.bin", target)) for _ in range(2)]
+def test_two_processes_make_one_download(server: FileServer, target: Path) -> None:
     answer = threading.Event()
     server.faults["file.bin"] = [Fault(until=answer)]
-    for process in processes:
-        process.start()
-    said, deadline = "", time.monotonic() + 30
-    while "waiting for the download of file.bin" not in said:  # one has asked, the other is at the lock
-        said += capfd.readouterr().err
-        assert time.monotonic() < deadline
+    children = Children(2, _download, server.url + "file.bin", target)
+    children.hear("waiting for the download of file.bin")  # one has asked, the other is at the lock
     answer.set()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert children.end() == [0, 0]
     assert target.read_bytes() == CONTENT
     assert server.paths() == ["file.bin"]
     assert left_behind(target) == []
 
 
-def test_a_lock_is_waited_for_and_leaves_no_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_lock_is_waited_for_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.lock"
     order: list[str] = []
-    inside, leave = threading.Event(), threading.Event()
+    inside, leave, waiting = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(sys, "stderr", Telling(lambda text: "waiting for x" in text and waiting.set()))
 
     def hold() -> None:
         with download.locked(path, "x"):
@@ -242,10 +235,7 @@ def test_a_lock_is_waited_for_and_leaves_no_file(tmp_path: Path, capfd: pytest.C
     threads[0].start()
     assert inside.wait(20)
     threads[1].start()
-    said, deadline = "", time.monotonic() + 20
-    while "waiting for x" not in said:  # it is at the lock
-        said += capfd.readouterr().err
-        assert time.monotonic() < deadline
+    assert waiting.wait(20)
     leave.set()
     for thread in threads:
         thread.join(20)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import Children
 from fileserver import Fault, FileServer
 
 from mlqueue.batch import config
@@ -291,26 +291,17 @@ def _fetch_in_child(url: str, home: str) -> None:
 
 
 def test_two_processes_that_fetch_at_once_make_one_download_and_one_conversion(
-    server: FileServer, data_home: Path, capfd: pytest.CaptureFixture[str]
+    server: FileServer, data_home: Path
 ) -> None:
     answer = threading.Event()
     server.files["one.gz"] = CONTENT
     server.faults["one.gz"] = [Fault(until=answer)]
-    spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=_fetch_in_child, args=(server.url + "one.gz", str(data_home))) for _ in range(2)]
-    for process in processes:
-        process.start()
-    said, deadline = "", time.monotonic() + 30
-    while "waiting for set.bin" not in said:
-        said += capfd.readouterr().err
-        assert time.monotonic() < deadline
+    children = Children(2, _fetch_in_child, server.url + "one.gz", str(data_home))
+    children.hear("waiting for set.bin")
     answer.set()
-    for process in processes:
-        process.join(30)
-    said += capfd.readouterr().err
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert children.end() == [0, 0]
     assert server.paths() == ["one.gz"]
-    assert said.count("converting one.gz") == 1
+    assert children.said.count("converting one.gz") == 1
     assert tree(data_home) == ["data/set.bin"]
 
 
@@ -319,27 +310,22 @@ def _convert_for_ever(home: str, source: str) -> None:
 
     def convert(source_paths: list[str], target_path: str) -> str:
         Path(target_path).write_bytes(b"half")
-        print("half written", flush=True)
+        print("half written", file=sys.stderr)
         threading.Event().wait(60)
         return target_path
 
     fetch_and_convert_dataset([ExistingSourceFile(source)], "set.bin")(convert)()
 
 
-def test_a_process_killed_while_it_converts_leaves_nothing_that_counts(
-    tmp_path: Path, data_home: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_process_killed_while_it_converts_leaves_nothing_that_counts(tmp_path: Path, data_home: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(CONTENT)
-    process = multiprocessing.get_context("spawn").Process(target=_convert_for_ever, args=(str(data_home), str(source)))
-    process.start()
-    said, deadline = "", time.monotonic() + 30
-    while "half written" not in said:
-        said += capfd.readouterr().out
-        assert time.monotonic() < deadline
+    children = Children(1, _convert_for_ever, str(data_home), str(source))
+    children.hear("half written")
+    (process,) = children.processes
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
-    process.join(30)
+    assert children.end() == [-signal.SIGKILL]
     assert not (data_home / "data" / "set.bin").exists()
     fetch = fetch_and_convert_dataset([ExistingSourceFile(str(source))], "set.bin")(joined)
     path = fetch()
