@@ -14,13 +14,17 @@ applies a function. What ``shuffle`` may be is said in :mod:`mlqueue.batch.order
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlqueue.batch.caching import MemoryCache, open_cache_file, write_cache_file
 from mlqueue.batch.iteration import BatchIterator, ChoiceBatch, ReplayIterator, SeededBatch, noise_generator
 from mlqueue.batch.iterators import (
     ArrayIterator,
@@ -44,10 +48,13 @@ from mlqueue.batch.sampling import (
     check_shard,
     num_batches,
 )
+from mlqueue.batch.stages import TakeIterator, filtered, prefetched, rebatched
+from mlqueue.errors import MissingDependency
 
 __all__ = [
     "AbstractDataSource",
     "ArrayDataSource",
+    "CacheDataSource",
     "CallableDataSource",
     "ChoiceBatch",
     "ChoiceDataSource",
@@ -56,6 +63,8 @@ __all__ = [
     "IteratorDataSource",
     "MapDataSource",
     "RandomAccessDataSource",
+    "StageDataSource",
+    "TakeDataSource",
     "batch_map_concat",
     "batch_map_mean",
     "coerce_data_source",
@@ -65,6 +74,8 @@ __all__ = [
 Batch = Any
 #: What :meth:`samples_by_indices` takes: an int array, a sequence of them (composite), or a ChoiceBatch.
 IndexBatch = Any
+#: Samples read at a time to fill a cache file.
+FILL = 256
 #: Makes an array that is to be filled, as ``numpy.empty`` does: ``empty(shape, dtype)``.
 Empty = Callable[[Any, Any], np.ndarray]
 
@@ -95,6 +106,56 @@ class AbstractDataSource:
     def map(self, fn: Callable[..., Batch]) -> MapDataSource:
         """A source that gives ``fn(*batch)`` for every batch; see :class:`MapDataSource`."""
         return MapDataSource(self, fn)
+
+    def filter(self, predicate: Callable[..., Any]) -> StageDataSource:
+        """A source with the samples for which ``predicate(*batch)`` holds.
+
+        `predicate` returns a 1-D array of bools, one for each sample, or one bool for the batch. Batches become
+        shorter; :meth:`rebatch` fills them up again.
+        """
+        return StageDataSource(self, partial(filtered, predicate=predicate), counted=False)
+
+    def rebatch(self, read: int | None = None) -> StageDataSource:
+        """A source that gives batches of exactly the size asked for (but the last), whatever sizes this one gives.
+
+        `read`: the batch size to ask this source for; the same where it is None.
+        """
+        return StageDataSource(self, partial(rebatched, read=None if read is None else check_batch_size(read)))
+
+    def prefetch(self, n: int = 2) -> StageDataSource:
+        """A source whose iterators prepare up to `n` batches ahead, in a thread."""
+        if n < 1:
+            raise ValueError(f"at least one batch has to be prepared ahead, got {n}.")
+        return StageDataSource(self, partial(prefetched, size=n))
+
+    def take(self, n: int) -> TakeDataSource:
+        """A source that ends after `n` samples."""
+        return TakeDataSource(self, n)
+
+    def zip(self, *others: AbstractDataSource) -> CompositeDataSource:
+        """A source that draws from this one and the others in step; see :class:`CompositeDataSource`."""
+        return CompositeDataSource([self, *others])
+
+    def cache(self, path: str | Path | None = None, key: str = "") -> CacheDataSource | ArrayDataSource:
+        """A source that keeps the samples: in memory, each when it is first read, or in the HDF5 file `path`.
+
+        In memory, the source has to have access by index and not to be made of several. The file is written now, whole,
+        with the samples in the order in which this source gives them, unless it exists; the new source reads from it.
+        `key` is kept in it and says what it holds: with another key BatchError is raised rather than other data given.
+        """
+        return CacheDataSource(self) if path is None else cached_in_file(self, Path(path), key)
+
+    def as_torch(self, batch_size: int, **kwargs: Any) -> Any:
+        """This source as a ``torch.utils.data.IterableDataset`` of batches of tensors.
+
+        Give it to a ``DataLoader(ds, batch_size=None)``, or iterate over it; `kwargs` and the rest are explained at
+        ``mlqueue.batch.to_torch.TorchBatches``.
+        """
+        try:
+            to_torch = importlib.import_module("mlqueue.batch.to_torch")
+        except ImportError as error:
+            raise MissingDependency("as_torch() needs PyTorch: pip install torch") from error
+        return to_torch.TorchBatches(self, batch_size, **kwargs)
 
     def batch_map_concat(
         self,
@@ -586,6 +647,11 @@ class MapDataSource(AbstractDataSource):
     def is_random_access(self) -> bool:
         return self.source.is_random_access
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the function takes a generator."""
+        return self._takes_rng
+
     def num_samples(self, **kwargs: Any) -> float | int | None:
         return self.source.num_samples(**kwargs)
 
@@ -637,6 +703,104 @@ class MapDataSource(AbstractDataSource):
         return MapDataSource(shard_of(self.source, rank, world_size, drop_last, pad), self.fn, self.seed)
 
 
+class StageDataSource(AbstractDataSource):
+    """A source whose batches go through a stage of :mod:`mlqueue.batch.stages`: filter, rebatch or prefetch.
+
+    `counted`: whether it gives as many samples as the source.
+    """
+
+    def __init__(self, source: AbstractDataSource, stage: Callable[..., BatchIterator], counted: bool = True) -> None:
+        self.source, self.stage, self.counted = check_source(source), stage, counted
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        return self.source.num_samples(**kwargs) if self.counted else None
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        return self.stage(self.source, check_batch_size(batch_size), kwargs)
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> StageDataSource:
+        """The stage over a part of the source; see :meth:`RandomAccessDataSource.shard`."""
+        return StageDataSource(shard_of(self.source, rank, world_size, drop_last, pad), self.stage, self.counted)
+
+
+class TakeDataSource(AbstractDataSource):
+    """The first `n` samples that an iteration over a source gives."""
+
+    def __init__(self, source: AbstractDataSource, n: int) -> None:
+        self.source, self.n = check_source(source), operator.index(n)
+        if self.n < 0:
+            raise ValueError(f"the number of samples to take must not be negative, got {n}.")
+
+    @property
+    def is_random_access(self) -> bool:
+        return self.source.is_random_access
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        n = self.source.num_samples(**kwargs)
+        return n if n is None else min(n, self.n)
+
+    def samples_by_indices_nomapping(self, indices: IndexBatch) -> Batch:
+        return self.source.samples_by_indices_nomapping(indices)  # type: ignore[attr-defined]
+
+    def samples_by_indices(self, indices: IndexBatch) -> Batch:
+        return self.source.samples_by_indices(indices)  # type: ignore[attr-defined]
+
+    def samples_into(self, indices: IndexBatch, empty: Empty) -> Batch:
+        """The same as :meth:`samples_by_indices_nomapping`, in arrays that ``empty(shape, dtype)`` makes."""
+        return samples_into(self.source, indices, empty)
+
+    def batch_indices_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        need_random_access(self)
+        return self._taken(self.source.batch_indices_iterator, batch_size, kwargs)  # type: ignore[attr-defined]
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        return self._taken(self.source.batch_iterator, batch_size, kwargs)
+
+    def _taken(self, open_iterator: Callable[..., Any], batch_size: int, kwargs: dict[str, Any]) -> BatchIterator:
+        drop_last = kwargs.pop("drop_last", False)
+        taken = TakeIterator(open_iterator(batch_size, **kwargs), self.n)
+        return FullBatches(taken, batch_size) if drop_last else taken
+
+
+class CacheDataSource(AbstractDataSource):
+    """Keeps the samples of a random access source in memory, each from its first reading on."""
+
+    def __init__(self, source: AbstractDataSource) -> None:
+        self.source = check_source(source)
+        root = sampled_root(source)
+        if root is None:
+            raise TypeError(
+                f"a {type(source).__name__} cannot be cached in memory: that needs a source with access by index, not "
+                "made of several, without a random map. Cache its members, cache before the map, or give a path."
+            )
+        self._root, self._cache = root, MemoryCache(root.length)
+
+    @property
+    def is_random_access(self) -> bool:
+        return True
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        return self.source.num_samples(**kwargs)
+
+    def samples_by_indices_nomapping(self, indices: Any) -> Batch:
+        read = self.source.samples_by_indices_nomapping  # type: ignore[attr-defined]
+        return self._cache.get(np.asarray(indices, np.intp), read)
+
+    def samples_by_indices(self, indices: Any) -> Batch:
+        return self.samples_by_indices_nomapping(self._root.sampler.map_indices(indices))
+
+    def batch_indices_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        indices: BatchIterator = self.source.batch_indices_iterator(batch_size, **kwargs)  # type: ignore[attr-defined]
+        return indices
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        return GatherIterator(self.batch_indices_iterator(batch_size, **kwargs), self.samples_by_indices_nomapping)
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> CacheDataSource:
+        """The cache of a part of the source; see :meth:`RandomAccessDataSource.shard`."""
+        return CacheDataSource(shard_of(self.source, rank, world_size, drop_last, pad))
+
+
 def coerce_data_source(x: Any) -> AbstractDataSource:
     """A data source for x: x itself if it is one; a non-empty list or tuple (or a dict) of array-likes becomes an
     :class:`ArrayDataSource`, an iterator an :class:`IteratorDataSource`, a function a :class:`CallableDataSource`.
@@ -675,6 +839,28 @@ def sampled_indices(sampler: AbstractSampler, batch_size: int, shuffle: Shuffle 
         return sampler.shuffled_indices_batch_iterator(batch_size, shuffle, epoch)  # type: ignore
     rng = shuffle.for_user(epoch)
     return ReplayIterator(lambda: sampler.shuffled_indices_batch_iterator(batch_size, rng), as_shuffle(rng))
+
+
+def sampled_root(ds: AbstractDataSource) -> RandomAccessDataSource | None:
+    """The source by whose indices a chain of maps (none of them random) and takes is read; None for anything else."""
+    while not isinstance(ds, RandomAccessDataSource):
+        if isinstance(ds, TakeDataSource) or (isinstance(ds, MapDataSource) and not ds.is_random):
+            ds = ds.source
+        else:
+            return None
+    return ds
+
+
+def cached_in_file(ds: AbstractDataSource, path: Path, key: str) -> ArrayDataSource:
+    arrays = open_cache_file(path, key)
+    if arrays is None:
+        n = ds.num_samples()
+        if n is not None and np.isinf(n):
+            raise ValueError("an endless source cannot be cached in a file; take(n) some of it.")
+        write_cache_file(path, ds.batch_iterator(FILL), key)
+        arrays = open_cache_file(path, key)
+    assert arrays is not None
+    return ArrayDataSource(arrays)
 
 
 def common_length(data: Any) -> int:

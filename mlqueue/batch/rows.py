@@ -118,6 +118,10 @@ class HDF5Rows:
             (self._node._v_file if self.library == "tables" else self._node.file).flush()
         return {**self.__dict__, "_node": None}
 
+    def forget(self) -> None:
+        """Let the node go; the file is opened again at the next read."""
+        self._node = None
+
     @property
     def ndim(self) -> int:
         return len(self.shape)

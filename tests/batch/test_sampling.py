@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 
@@ -189,14 +190,14 @@ def test_shards_are_disjoint_complete_and_equal(n, world_size, batch_size, shuff
         return indices
 
     keep = [part(rank, "keep") for rank in range(world_size)]
-    assert sorted(sum(keep, [])) == list(range(n))
+    assert sorted(itertools.chain(*keep)) == list(range(n))
     assert max(map(len, keep)) - min(map(len, keep)) <= 1
     drop = [part(rank, "drop") for rank in range(world_size)]
     assert {len(indices) for indices in drop} == {n // world_size}
-    assert len(set(sum(drop, []))) == n // world_size * world_size
+    assert len(set(itertools.chain(*drop))) == n // world_size * world_size
     pad = [part(rank, "pad") for rank in range(world_size)]
     assert {len(indices) for indices in pad} == {-(-n // world_size)}
-    assert set(sum(pad, [])) == set(range(n))
+    assert set(itertools.chain(*pad)) == set(range(n))
     # All are parts of one order: the one that a single process sees.
     whole = [None] * n
     for rank, indices in enumerate(keep):
@@ -329,7 +330,7 @@ def test_shards_of_a_weighted_sampler_share_one_stream_of_draws():
     whole = batches_of(sampler, 12, 4)
     parts = [batches_of(sampler.for_shard(Shard(rank, 3)), 4, 4) for rank in range(3)]
     for _ in range(3):
-        assert next(whole).tolist() == sum((next(part).tolist() for part in parts), [])
+        assert next(whole).tolist() == list(itertools.chain(*(next(part).tolist() for part in parts)))
 
 
 def test_class_balancing():
