@@ -8,7 +8,9 @@ arrives. (For nodes that you have opened yourself there is :mod:`mlqueue.batch.r
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
 import os
 import threading
@@ -25,7 +27,7 @@ from mlqueue.errors import MissingDependency, MLQueueError
 __all__ = ["DatasetFileError", "HDF5File", "StoredRows", "creating"]
 
 #: Rows not asked for are read along when that saves a call and costs at most this many bytes.
-_GAP_BYTES = 1 << 14
+_GAP_BYTES = 1 << 16
 
 
 def _new_lock() -> None:
@@ -34,6 +36,20 @@ def _new_lock() -> None:
 
 # A child forked while another thread was reading would wait for ever.
 os.register_at_fork(after_in_child=_new_lock)
+
+#: The files that have been opened in this process, for the end of it.
+_opened: weakref.WeakSet[HDF5File] = weakref.WeakSet()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """Close what is still open before PyTables does so with a warning: exit functions run last in, first out."""
+    atexit.register(_close_opened)
+
+
+def _close_opened() -> None:
+    for file in list(_opened):
+        file.close()
 
 
 class DatasetFileError(MLQueueError, RuntimeError):
@@ -96,6 +112,8 @@ class HDF5File:
             except (tables.HDF5ExtError, OSError) as error:
                 raise DatasetFileError(f"{self.path} cannot be opened as HDF5: {error}") from error
             self._handles[os.getpid()] = handle
+            _opened.add(self)
+            _close_at_exit()
         return handle
 
 

@@ -43,6 +43,28 @@ def test_a_file_comes_whole_and_nothing_lies_beside_it(server: FileServer, targe
     assert seen[-1] == (len(CONTENT), len(CONTENT))
 
 
+def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(
+    server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal in (True, False):
+        written: list[str] = []
+        stream = Telling(written.append)
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        server.faults["file.bin"] = [Fault(cut_after=300_000)]
+        download.download([server.url + "file.bin"], target)
+        assert ("100%" in "".join(written), "file.bin" in "".join(written)) == (terminal, terminal)
+        target.unlink()
+
+
+def test_a_length_that_is_not_said_is_none(server: FileServer, target: Path) -> None:
+    server.lengths = False
+    totals: list[int | None] = []
+    download.download([server.url + "file.bin"], target, progress=lambda done, total: totals.append(total))
+    assert target.read_bytes() == CONTENT
+    assert set(totals) == {None}
+
+
 def test_a_cut_connection_is_resumed_where_it_was(server: FileServer, target: Path) -> None:
     server.faults["file.bin"] = [Fault(cut_after=300_000), Fault(cut_after=200_000)]
     download.download([server.url + "file.bin"], target)
@@ -111,6 +133,26 @@ def test_a_part_longer_than_the_file_is_thrown_away(server: FileServer, target: 
     download.download([server.url + "file.bin"], target, sha256=DIGEST)
     assert target.read_bytes() == CONTENT
     assert [request.status for request in server.requests] == [416, 200]
+
+
+def test_a_part_that_grew_longer_than_the_file_is_thrown_away_without_a_digest_too(
+    server: FileServer, target: Path
+) -> None:
+    server.faults["file.bin"] = [Fault(cut_after=300_000)] + [Fault(status=500)] * 2
+    with pytest.raises(DownloadFailed):
+        download.download([server.url + "file.bin"], target)
+    with target.with_name("file.bin.part").open("ab") as part:
+        part.write(bytes(len(CONTENT)))
+    download.download([server.url + "file.bin"], target)
+    assert target.read_bytes() == CONTENT
+    assert [request.status for request in server.requests[-2:]] == [416, 200]
+
+
+def test_a_range_other_than_the_one_asked_for_is_not_appended(server: FileServer, target: Path) -> None:
+    server.faults["file.bin"] = [Fault(cut_after=300_000), Fault(shifted=1000)]
+    download.download([server.url + "file.bin"], target)
+    assert target.read_bytes() == CONTENT
+    assert [request.status for request in server.requests] == [200, 206, 200]
 
 
 def test_tries_that_get_further_do_not_count(server: FileServer, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,6 +234,16 @@ class TestTar:
             return
         assert got == members  # a bit that fills up the last byte means nothing
 
+    def test_a_wrong_checksum_is_noticed_though_it_comes_after_the_last_member(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(formats, "_BLOCK_BYTES", 512)
+        content = bytearray(published.tar({"set/a": b"1", "set/b": b"2"}))
+        content[-8] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(BadSourceFile, match="CRC"):
+            self.read(file)
+
     def test_a_member_that_is_too_large_is_not_read(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(formats, "MAX_BYTES", 1000)
         file.write_bytes(published.tar({"set/a": bytes(1001), "set/b": b""}))

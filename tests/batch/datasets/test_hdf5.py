@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -220,6 +222,15 @@ def test_a_closed_file_is_opened_again_by_the_next_use(path: Path) -> None:
     assert len(tables.file._open_files.handlers) == before + 1
     del rows, file
     assert len(tables.file._open_files.handlers) == before
+
+
+def test_a_file_still_open_when_the_program_ends_is_closed_without_a_word(path: Path) -> None:
+    program = (
+        f"from mlqueue.batch.datasets.hdf5 import StoredRows\nrows = StoredRows({str(path)!r}, '/set/labels')\n"
+        "assert rows[3] == 3\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert (answer.stdout, answer.stderr) == ("", "")
 
 
 def test_a_file_that_is_no_hdf5_or_lacks_the_array_is_an_error(path: Path, tmp_path: Path) -> None:
