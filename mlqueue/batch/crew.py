@@ -40,7 +40,7 @@ class Call:
 
     def encode(self) -> bytes:
         """The request to a worker process."""
-        return pickle_code(("call", self.function, self.args, self.kwargs))[0]
+        return pickle_code(("call", self.function, self.args, self.kwargs), whole=True)[0]
 
     def __str__(self) -> str:
         return f"the task {getattr(self.function, '__qualname__', self.function)!s}"
@@ -69,7 +69,7 @@ class BatchCall:
             # What most are; to pickle the array takes five times as long.
             return pickle.dumps(("rows", self.source.number, index.dtype.str, index.tobytes(), self.key), 5)
         request = ("batch", self.source.number, self.index_batch, self.key)
-        return pickle.dumps(request, 5) if is_plain(self.index_batch) else pickle_code(request)[0]
+        return pickle.dumps(request, 5) if is_plain(self.index_batch) else pickle_code(request, whole=True)[0]
 
     def __str__(self) -> str:
         return f"batch {self.key[2]} (sample indices {np.array2string(as_sample(self.index_batch), threshold=16)})"

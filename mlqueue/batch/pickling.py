@@ -13,10 +13,11 @@ from mlqueue.errors import MissingDependency
 __all__ = ["pickle_code"]
 
 
-def pickle_code(value: Any) -> tuple[bytes, list[Any]]:
+def pickle_code(value: Any, *, whole: bool = False) -> tuple[bytes, list[Any]]:
     """Pickle work or a source: functions and classes of the main script, lambdas and closures by value.
 
-    Gives the pickle and the buffers beside it. An open HDF5 node and a memory map travel as the name of their file.
+    Gives the pickle and the buffers of arrays beside it; with `whole` everything is in the pickle. An open HDF5 node
+    and a memory map travel as the name of their file.
     """
     try:
         import cloudpickle  # type: ignore[import-untyped,unused-ignore]
@@ -33,7 +34,8 @@ def pickle_code(value: Any) -> tuple[bytes, list[Any]]:
             reduced = reduce_file(obj)
             return super().reducer_override(obj) if reduced is NotImplemented else reduced
 
-    Pickler(file, protocol=5, buffer_callback=lambda buffer: buffers.append(buffer.raw())).dump(value)
+    keep = None if whole else lambda buffer: buffers.append(buffer.raw())
+    Pickler(file, protocol=5, buffer_callback=keep).dump(value)
     return file.getvalue(), buffers
 
 

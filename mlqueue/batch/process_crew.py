@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,10 @@ __all__ = ["ProcessCrew", "SharedConstant", "WorkerDied", "WorkerError"]
 
 #: How often a batch is tried whose worker process dies.
 MOST_TRIES = 3
-#: How many slots are filled or wait to be read at most; further work waits.
-MOST_SLOTS = 96
+#: How many slots workers read about, or fill, at most; further work waits.
+MOST_SLOTS = 64
+#: While more slots than this are in use, results are copied out of theirs as they come. Each takes two descriptors.
+CROWDED = 96
 #: How many worker processes in a row may end before they have begun.
 MOST_FALSE_STARTS = 3
 
@@ -94,12 +97,14 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 class Lease:
     """A piece of work that has been given out."""
 
-    __slots__ = ("done", "error", "filled", "number", "request", "slots", "tries", "work")
+    __slots__ = ("copied", "done", "error", "filled", "number", "request", "slots", "tries", "value", "work")
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.done = False
         self.error: BaseException | None = None
+        self.value: Any = None  # where it was copied early
+        self.copied = False
         self.number = 0
         self.request = b""
         self.slots: set[int] = set()  # those that name it
@@ -113,6 +118,8 @@ class WorkerHandle:
     def __init__(self, serial: int, leases: int, env: dict[str, str]) -> None:
         self.serial = serial
         self.began = False
+        #: The place, in the order of all that was given out, of the last that it has answered.
+        self.reached = 0
         self.setup, theirs = socket.socketpair()
         self.results, results = os.pipe()
         paths, path_writer = os.pipe()
@@ -167,7 +174,10 @@ class ProcessCrew(Crew):
         self._turn = threading.Condition(threading.RLock())
         self._reading = False  # whether a thread waits for results, for itself and the others
         self._leases: dict[int, Lease] = {}  # given out, and not ended
-        self._in_slot: dict[int, int] = {}  # slots that a worker has read about or will: the lease
+        # Slots that a worker has read about or will: the lease, and which in the order of all that was given out.
+        self._in_slot: dict[int, tuple[int, int]] = {}
+        self._suspects: set[int] = set()  # those of them that a worker may have read about before it died
+        self._orders = itertools.count(1)
         self._waiting: deque[Lease] = deque()  # for a slot
         self._constants: weakref.WeakValueDictionary[int, SharedConstant] = weakref.WeakValueDictionary()
         self._abandoned: deque[Lease] = deque()  # filled where no lock can be taken
@@ -175,8 +185,8 @@ class ProcessCrew(Crew):
         self._false_starts = 0
         self._poll = select.poll()
         self._lease_reader, self._lease_writer = os.pipe()
-        self._arena = SlotArena(self._announce)
         self._workers: dict[int, WorkerHandle] = {}
+        self._arena = SlotArena(partial(_announce, self._workers))  # without self, which would then never be dropped
         self._stop = weakref.finalize(
             self, _stop_processes, self._pid, self._workers, self._arena, (self._lease_reader, self._lease_writer)
         )
@@ -197,10 +207,6 @@ class ProcessCrew(Crew):
             self._tell_constant(handle, constant)
         self._workers[handle.results] = handle
         self._poll.register(handle.results, select.POLLIN)
-
-    def _announce(self, number: int, segment: Segment) -> None:
-        for handle in self._workers.values():
-            handle.tell(worker.SLOT, number, fd=segment.fd)
 
     @staticmethod
     def _tell_constant(handle: WorkerHandle, constant: SharedConstant) -> None:
@@ -226,11 +232,11 @@ class ProcessCrew(Crew):
     def _lost_to(self, dead: WorkerHandle, cause: str) -> list[Lease]:
         """The leases that have to be given out again, those that the dead worker had marked first."""
         marked, unmarked = [], []
-        for slot, number in sorted(self._in_slot.items(), key=lambda item: item[1]):
+        for slot, (number, _) in sorted(self._in_slot.items(), key=lambda item: item[1]):
             segment, lease = self._arena.slots[slot], self._leases.get(number)
             claimed = segment.word(worker.CLAIMED)
             if claimed == dead.serial:
-                del self._in_slot[slot]
+                self._answered(slot)
                 self._arena.release(slot)
                 if lease is None:
                     continue
@@ -240,9 +246,11 @@ class ProcessCrew(Crew):
                     marked.append(lease)
                 else:
                     self._fail(lease, f"{lease.work} ended its worker process {lease.tries} times: it {cause}.")
-            elif claimed == 0 and segment.word(worker.EXPECTED) == number and lease is not None:
-                segment.set_word(worker.EXPECTED, 0)
-                unmarked.append(lease)
+            elif claimed == 0:
+                self._suspects.add(slot)
+                if segment.word(worker.EXPECTED) == number and lease is not None:
+                    segment.set_word(worker.EXPECTED, 0)
+                    unmarked.append(lease)
         return marked + unmarked
 
     def _fail(self, lease: Lease, reason: str) -> None:
@@ -273,6 +281,8 @@ class ProcessCrew(Crew):
         lease.request = work.encode()
         with self._turn:
             self._sweep()
+            while len(self._workers) < self.workers:  # after false starts
+                self._start_worker()
             lease.number = next(self._numbers)
             self._leases[lease.number] = lease
             if self._arena.free == 0 and not self._reading:
@@ -291,20 +301,30 @@ class ProcessCrew(Crew):
         segment.set_word(worker.CLAIMED, 0)
         segment.set_word(worker.EXPECTED, lease.number)
         lease.slots.add(slot)
-        self._in_slot[slot] = lease.number
+        self._in_slot[slot] = lease.number, next(self._orders)
         os.write(self._lease_writer, worker.LEASE.pack(lease.number, slot, len(lease.request)))
 
     def result(self, lease: Lease, how: How = "lend") -> Any:
         with self._turn:
             self._wait_until_done(lease)
+            if not lease.copied and lease.error is None:
+                return self._read(lease, how)
             if lease.error is not None:
                 raise lease.error
-            if lease.filled is None:
-                raise closed_error()
-            slot, place, length, failed = lease.filled
-            if failed:
-                raise rebuild_error(self._arena.read(slot, place, length, "copy"), lease.work)
-            return self._arena.read(slot, place, length, how, worker.load)
+            value, lease.value = lease.value, None
+            return value
+
+    def _read(self, lease: Lease, how: How) -> Any:
+        if lease.filled is None:
+            raise closed_error()
+        slot, place, length, failed = lease.filled
+        if failed:
+            how = "copy"
+        if how != "view":
+            lease.filled = None  # the arena takes care of the slot
+        if failed:
+            raise rebuild_error(self._arena.read(slot, place, length, how), lease.work)
+        return self._arena.read(slot, place, length, how, worker.load)
 
     def _wait_until_done(self, lease: Lease) -> None:
         while not lease.done:
@@ -341,10 +361,29 @@ class ProcessCrew(Crew):
                 handle.began = True
                 self._false_starts = 0
             else:
+                handle.reached = max(handle.reached, self._answered(slot))
                 self._take_answer(kind, number, slot, place, length)
+        if self._suspects and self._workers:
+            self._clear_suspects()
+
+    def _answered(self, slot: int) -> int:
+        """Nobody will write to this slot any more. Gives its place in the order of all that was given out."""
+        self._suspects.discard(slot)
+        return self._in_slot.pop(slot)[1]
+
+    def _clear_suspects(self) -> None:
+        """Use the slots again that only a dead worker can have read about.
+
+        Leases are read in order, and a worker answers one before it reads the next: a slot that is behind what every
+        worker has answered, and that none has marked, was read about by one that died before it marked it.
+        """
+        reached = min(handle.reached for handle in self._workers.values())
+        for slot in list(self._suspects):
+            if self._in_slot[slot][1] < reached and self._arena.slots[slot].word(worker.CLAIMED) == 0:
+                self._answered(slot)
+                self._arena.release(slot)
 
     def _take_answer(self, kind: int, number: int, slot: int, place: int, length: int) -> None:
-        del self._in_slot[slot]
         lease = self._leases.get(number)
         if lease is None or kind == worker.SKIPPED:
             self._arena.release(slot)
@@ -354,6 +393,11 @@ class ProcessCrew(Crew):
         lease.slots.discard(slot)
         lease.filled = slot, place, length, kind == worker.FAILED
         self._call_off(lease)
+        if self._arena.busy > CROWDED:
+            try:
+                lease.value, lease.copied = self._read(lease, "copy"), True
+            except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+                lease.error = error
         lease.done = True
 
     def _call_off(self, lease: Lease) -> None:
@@ -399,6 +443,11 @@ class ProcessCrew(Crew):
                 lease.done = True
             self._leases.clear()
             self._waiting.clear()
+
+
+def _announce(workers: dict[int, WorkerHandle], number: int, segment: Segment) -> None:
+    for handle in workers.values():
+        handle.tell(worker.SLOT, number, fd=segment.fd)
 
 
 def _stop_processes(pid: int, workers: dict[int, WorkerHandle], arena: SlotArena, fds: tuple[int, ...]) -> None:

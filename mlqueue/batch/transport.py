@@ -181,8 +181,8 @@ def _allocate(fd: int, present: int, size: int) -> None:
 
 def _no_room(size: int, reason: str) -> TransportError:
     return TransportError(
-        f"there is no memory for a slot of {size:,} bytes ({reason}); lower batch_buffer_size or the batch size, or give "
-        "the machine or container more memory."
+        f"there is no memory for a slot of {size:,} bytes ({reason}); lower batch_buffer_size or the batch size, or "
+        "give the machine or container more memory."
     )
 
 
