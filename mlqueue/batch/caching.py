@@ -1,13 +1,14 @@
 """Keeping samples that were expensive to read: in memory, or in an HDF5 file.
 
 A cache file is an HDF5 file (read through PyTables) with an array for each part of a sample, ``/samples/part0`` and so
-on, whose names are in the attribute ``names`` of ``/samples`` where samples are dicts. It is written beside its final
+on, whose names are in the attribute ``names`` (JSON) of ``/samples`` where samples are dicts. It is written beside its final
 name and renamed, so that it exists whole or not at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import threading
@@ -91,7 +92,7 @@ def write_cache_file(path: Path, batches: Iterator[Any], key: str) -> int:
                 names, parts = parts_of(batch)
                 if not nodes:
                     nodes = [append_node(tables, file, number, part) for number, part in enumerate(parts)]
-                    file.root.samples._v_attrs.names = names
+                    file.root.samples._v_attrs.names = json.dumps(names)
                 for node, part in zip(nodes, parts, strict=True):
                     node.append(part)
                 n += batch_length(batch)
@@ -119,16 +120,17 @@ def open_cache_file(path: Path, key: str) -> list[Any] | dict[str, Any] | None:
     tables = need_tables()
     with tables.open_file(str(path), "r") as file:
         samples = file.root.samples
-        if samples._v_attrs.key != key:
+        written = str(samples._v_attrs.key)
+        if written != key:
             raise BatchError(
-                f"the cache file {path} was written with the key {samples._v_attrs.key!r}, not {key!r}: delete it, or "
+                f"the cache file {path} was written with the key {written!r}, not {key!r}: delete it, or "
                 "give another path."
             )
-        names = samples._v_attrs.names
+        names = json.loads(str(samples._v_attrs.names))
         nodes = [getattr(samples, f"part{number}") for number in range(samples._v_nchildren)]
         rows = [HDF5Rows(node, str(path), node._v_pathname, "tables") for node in nodes]
     for part in rows:
-        part.forget()
+        part.close()
     return rows if names is None else dict(zip(names, rows, strict=True))
 
 

@@ -40,7 +40,7 @@ def pad(
     `longest` is rounded up to a multiple of `multiple_of`; arrays longer than `max_length` are cut to it. The places
     behind an array hold `value`. Raises ValueError where the other axes differ.
     """
-    parts = [np.asarray(array)[:max_length] for array in arrays]
+    parts = [np.asarray(array) for array in arrays]
     if not parts:
         raise ValueError("there is nothing to pad: give at least one array.")
     if multiple_of < 1:
@@ -48,6 +48,7 @@ def pad(
     shapes = {part.shape[1:] for part in parts}
     if len(shapes) > 1 or any(part.ndim == 0 for part in parts):
         raise ValueError(f"only the first axis may differ; got the shapes {sorted({part.shape for part in parts})}.")
+    parts = [part[:max_length] for part in parts]
     lengths = np.array([len(part) for part in parts], np.int64)
     longest = -(-int(lengths.max()) // multiple_of) * multiple_of
     out = np.full((len(parts), longest, *shapes.pop()), value, np.result_type(*parts))

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -112,15 +113,18 @@ class HDF5Rows:
     def __init__(self, node: Any, filename: str, path: str, library: str) -> None:
         self._node, self.filename, self.path, self.library = node, filename, path, library
         self.shape, self.dtype = tuple(node.shape), node.dtype
+        self._closing: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         with HDF5_LOCK, contextlib.suppress(Exception):
             (self._node._v_file if self.library == "tables" else self._node.file).flush()
-        return {**self.__dict__, "_node": None}
+        return {**self.__dict__, "_node": None, "_closing": None}
 
-    def forget(self) -> None:
-        """Let the node go; the file is opened again at the next read."""
+    def close(self) -> None:
+        """Let the node go, and close the file if it was opened here; the next read opens it again."""
         self._node = None
+        if self._closing is not None:
+            self._closing()
 
     @property
     def ndim(self) -> int:
@@ -133,9 +137,12 @@ class HDF5Rows:
         if self._node is None:
             library = importlib.import_module(self.library)
             if self.library == "tables":
-                self._node = library.open_file(self.filename, "r").get_node(self.path)
+                file = library.open_file(self.filename, "r")
+                self._node = file.get_node(self.path)
             else:
-                self._node = library.File(self.filename, "r")[self.path]
+                file = library.File(self.filename, "r")
+                self._node = file[self.path]
+            self._closing = weakref.finalize(self, file.close)
         return self._node
 
     def __getitem__(self, index: Any) -> Any:

@@ -284,6 +284,7 @@ class EpochStream(IndexIterator):
         self._n = samples if isinstance(samples, int) else len(samples)
         self._length = shard.length(self._n)
         self._batch_size = check_batch_size(batch_size)
+        check_agreement(shuffle, shard)
         self._repeats, self._shuffle, self._first_epoch, self._shard = repeats, shuffle, operator.index(epoch), shard
         self._epoch = self._first_epoch - 1  # the epoch that is under way
         self._order: Indexable | None = None  # of that epoch; None while its places are its indices
@@ -427,6 +428,7 @@ class WeightedStream(IndexIterator):
     ) -> None:
         self._cumulative, self._indices, self._shard = cumulative, indices, shard
         self._batch_size = check_batch_size(batch_size)
+        check_agreement(shuffle, shard)
         self._shuffle, self._epoch = shuffle, operator.index(epoch)
         self._draws = shuffle.draws(self._epoch)
 
@@ -486,6 +488,15 @@ def check_shard(rank: Any, world_size: Any, drop_last: bool, pad: bool) -> Shard
     if drop_last and pad:
         raise ValueError("drop_last=True leaves the samples that are over out, pad=True fills up; give one of them.")
     return Shard(rank, world_size, "drop" if drop_last else "pad" if pad else "keep")
+
+
+def check_agreement(shuffle: Shuffle | None, shard: Shard) -> None:
+    """Raise where parts could not but be shuffled differently."""
+    if shard.world_size > 1 and isinstance(shuffle, StreamShuffle) and shuffle.rng is np.random:
+        raise ValueError(
+            "shuffle=True is numpy's global state, of which every process has its own: the parts would not fit "
+            "together. Give all of them the same seed, as shuffle=12345."
+        )
 
 
 def nest(outer: Shard, inner: Shard) -> Shard:

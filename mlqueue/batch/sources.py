@@ -5,10 +5,13 @@ What stands in the way of reading a sample is dealt with by a policy: see :class
 
 from __future__ import annotations
 
+import importlib
+import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -36,9 +39,11 @@ __all__ = [
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class SkippedSample(NamedTuple):
+@dataclass(frozen=True)
+class SkippedSample:
     """A sample that was left out because it could not be read."""
 
+    #: Its position in the source.
     index: int
     #: The class and the text of the exception.
     error: str
@@ -228,7 +233,7 @@ def table_source(path: str | Path, table: str, columns: Sequence[str] | None = N
         raise MissingDependency("HDF5 files need PyTables: pip install tables") from error
     with tables.open_file(str(path), "r") as file:
         rows = HDF5Rows(file.get_node(table), str(path), table, "tables")
-    rows.forget()
+    rows.close()
     return TableDataSource(rows, columns, **kwargs)
 
 
@@ -237,7 +242,7 @@ class ParquetRows:
 
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
         self.path, self.columns = Path(path), None if columns is None else list(columns)
-        metadata = need_parquet().read_metadata(self.path)
+        metadata = need_pyarrow("pyarrow.parquet").read_metadata(self.path)
         groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         self._kept: tuple[int, Any] | None = None
@@ -249,8 +254,6 @@ class ParquetRows:
         return int(self._starts[-1])
 
     def __getitem__(self, indices: Any) -> Any:
-        import pyarrow as pa
-
         indices = np.asarray(indices, np.intp)
         group_of = np.searchsorted(self._starts, indices, side="right") - 1
         groups = np.unique(group_of)
@@ -260,12 +263,12 @@ class ParquetRows:
         # The parts have the rows sorted by group; put them back into the order asked for.
         places = np.empty(len(indices), np.intp)
         places[np.argsort(group_of, kind="stable")] = np.arange(len(indices))
-        return pa.concat_tables(parts).take(places)
+        return need_pyarrow().concat_tables(parts).take(places)
 
     def _group(self, number: int) -> Any:
         kept = self._kept
         if kept is None or kept[0] != number:
-            with need_parquet().ParquetFile(self.path) as file:
+            with need_pyarrow("pyarrow.parquet").ParquetFile(self.path) as file:
                 kept = self._kept = (number, file.read_row_group(number, columns=self.columns))
         return kept[1]
 
@@ -291,8 +294,7 @@ def parquet_source(path: str | Path, columns: Sequence[str] | None = None, **kwa
 
 
 def column_array(column: Any) -> np.ndarray:
-    import pyarrow as pa
-
+    pa = need_pyarrow()
     column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
@@ -302,12 +304,11 @@ def column_array(column: Any) -> np.ndarray:
     return np.array(column.to_numpy(zero_copy_only=False))
 
 
-def need_parquet() -> Any:
+def need_pyarrow(module: str = "pyarrow") -> Any:
     try:
-        import pyarrow.parquet
+        return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependency("Parquet files need pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
 
 
 def iterable_source(
@@ -350,7 +351,8 @@ def webdataset_source(
     """A source over tar files in which the files of one sample stand together and share their name up to the first dot.
 
     `decode` makes a sample of a dict of the files' contents (bytes) by ending, with the common name as ``__key__``:
-    ``{"__key__": "0001", "jpg": b"...", "cls": b"7"}``. A tar that is cut short raises.
+    ``{"__key__": "0001", "jpg": b"...", "cls": b"7"}``. A tar that is cut short raises
+    ``tarfile.ReadError``.
     """
     paths = [Path(shards)] if isinstance(shards, str | Path) else [Path(shard) for shard in shards]
     return iterable_source(_TarSamples(paths, decode), collate)
@@ -368,8 +370,6 @@ class _TarSamples:
 
 def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
     """The samples of one tar file, as their files' contents by ending."""
-    import tarfile
-
     sample: dict[str, Any] = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -384,5 +384,10 @@ def tar_samples(path: Path) -> Iterator[dict[str, Any]]:
                 sample = {}
             sample["__key__"] = key
             sample[ending.lower()] = content.read()
+        # tarfile takes a header that is cut off for the end of the archive; a whole one ends with a block of zeros.
+        stream: Any = tar.fileobj
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(f"{path} is cut short: it does not end as a tar file does. Fetch it again.")
     if sample:
         yield sample

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
 __all__ = ["TorchBatches", "as_tensors"]
+
+# By name, so that types can be checked where torch is not installed.
+torch: Any = importlib.import_module("torch")
+torch_data: Any = importlib.import_module("torch.utils.data")
 
 
 def as_tensors(batch: Any, pin: bool = False) -> Any:
@@ -30,11 +33,11 @@ def as_tensors(batch: Any, pin: bool = False) -> Any:
         array = array.astype(array.dtype.newbyteorder("="))
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()
-    tensor = torch.utils.dlpack.from_dlpack(array)  # type: ignore[attr-defined]
+    tensor = torch.from_dlpack(array)
     return tensor.pin_memory() if pin else tensor
 
 
-class TorchBatches(IterableDataset[Any]):
+class TorchBatches(torch_data.IterableDataset):  # type: ignore[misc]
     """Batches of tensors from a data source; iterate over it, or give it to ``DataLoader(ds, batch_size=None)``.
 
     Each ``iter()`` is the next epoch: `epoch` goes up by one, and with a seed as `shuffle` so does the order
@@ -63,7 +66,7 @@ class TorchBatches(IterableDataset[Any]):
         if isinstance(kwargs.get("shuffle"), int) and not isinstance(kwargs["shuffle"], bool):
             kwargs["epoch"] = self.epoch
         self.epoch += 1
-        worker = get_worker_info()
+        worker = torch_data.get_worker_info()
         if worker is not None and worker.num_workers > 1:
             return self._share(worker.id, worker.num_workers, kwargs)
         pin = self.pin_memory if self.pin_memory is not None else worker is None and torch.cuda.is_available()
