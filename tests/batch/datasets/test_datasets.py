@@ -20,6 +20,7 @@ from mlqueue.batch.datasets import cifar10, cifar100, fashion_mnist, formats, mn
 from mlqueue.batch.datasets.catalogue import CATALOGUE, UnknownDataset, find
 from mlqueue.batch.datasets.dataset import BadSourceFile, DatasetUnavailable, DownloadSourceFile
 from mlqueue.batch.datasets.hdf5 import DatasetFileError
+from mlqueue.batch.work_pool import WorkerProcessPool, WorkerThreadPool
 
 RNG = np.random.default_rng(4)
 N_TRAIN, N_TEST = 30, 12
@@ -490,3 +491,23 @@ def test_sets_are_found_by_name() -> None:
         find("cifar1")
     with pytest.raises(UnknownDataset, match="There are mnist, "):
         find("zzz")
+
+
+@pytest.mark.parametrize("pool_class", [WorkerThreadPool, WorkerProcessPool])
+def test_pools_prepare_the_same_batches_from_the_file(
+    publish: Publish, pool_class: type[WorkerThreadPool | WorkerProcessPool]
+) -> None:
+    small = small_idx(mnist, "MNIST", "mnist.h5")
+    publish(small.sources, small.files)
+    ds = mnist.MNIST(n_val=0)
+    source = ArrayDataSource([ds.train_X, ds.train_y], repeats=2)
+    serial = list(source.batch_iterator(7, shuffle=3))
+    with pool_class(2) as pool:
+        parallel = [
+            tuple(np.array(array) for array in batch)
+            for batch in pool.parallel_data_source(source).batch_iterator(7, shuffle=3)
+        ]
+    assert len(serial) == len(parallel)
+    for batch, expected in zip(parallel, serial, strict=True):
+        for array, expected_array in zip(batch, expected, strict=True):
+            np.testing.assert_array_equal(array, expected_array)
