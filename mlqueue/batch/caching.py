@@ -1,8 +1,8 @@
 """Keeping samples that were expensive to read: in memory, or in an HDF5 file.
 
 A cache file is an HDF5 file (read through PyTables) with an array for each part of a sample, ``/samples/part0`` and so
-on, whose names are in the attribute ``names`` (JSON) of ``/samples`` where samples are dicts. It is written beside its final
-name and renamed, so that it exists whole or not at all.
+on; their names, where samples are dicts, are in the attribute ``names`` (JSON) of ``/samples``. It is written beside
+its final name and renamed, so that it exists whole or not at all.
 """
 
 from __future__ import annotations

@@ -282,7 +282,7 @@ class KeyedPermutation:
         self._high_mask = np.uint64((1 << (bits - self._low_bits)) - 1)
         sequence = np.random.SeedSequence(seed, spawn_key=(_ORDER, epoch, length))
         self._keys = sequence.generate_state(self._ROUNDS, np.uint64)
-        self._block_start, self._block = -1, np.empty(0, np.int64)
+        self._places, self._block = range(0), np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self._length
@@ -290,13 +290,18 @@ class KeyedPermutation:
     def __getitem__(self, positions: Any) -> Any:
         if not isinstance(positions, slice):
             return int(self.at(np.array([range(self._length)[positions]]))[0])
-        start, stop, step = positions.indices(self._length)
-        if step != 1 or stop - start > self.BLOCK:
-            return self.at(np.arange(start, stop, step))
-        if not self._block_start <= start < stop <= self._block_start + len(self._block):
-            self._block_start = start
-            self._block = self.at(np.arange(start, min(start + self.BLOCK, self._length)))
-        return self._block[start - self._block_start : stop - self._block_start].copy()
+        wanted = range(self._length)[positions]
+        if wanted.step < 1 or not 0 < len(wanted) <= self.BLOCK:
+            return self.at(np.arange(wanted.start, wanted.stop, wanted.step))
+        if not self._in_block(wanted):
+            # Epochs are gone through from the start to the end, so the places behind these are next.
+            places = range(wanted.start, self._length, wanted.step)[: self.BLOCK]
+            self._places, self._block = places, self.at(np.arange(places.start, places.stop, places.step))
+        first = (wanted.start - self._places.start) // wanted.step
+        return self._block[first : first + len(wanted)].copy()
+
+    def _in_block(self, wanted: range) -> bool:
+        return self._places.step == wanted.step and wanted[0] in self._places and wanted[-1] in self._places
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The values at these positions (1-D, integers from 0 to length - 1), as int64."""
