@@ -35,10 +35,13 @@ def fetch_cifar10(source_paths: list[str], target_path: str) -> str:
     parts = {"train": [batches[name] for name in _TRAIN], "test": [batches[_TEST]]}
     with hdf5.creating(target_path, "cifar10", "CIFAR-10") as group:
         for part, content in parts.items():
-            images = np.concatenate([images_of(batch, part) for batch in content])
-            labels = np.concatenate([np.asarray(batch.get("labels")) for batch in content])
-            group.array(f"{part}_X_u8", images)
-            group.array(f"{part}_y", formats.check_labels(labels, len(images), 10, f"the {part} labels"))
+            images = [images_of(batch, part) for batch in content]
+            labels = [
+                formats.check_labels(batch.get("labels"), len(of), 10, f"the {part} labels")
+                for batch, of in zip(content, images, strict=True)
+            ]
+            group.array(f"{part}_X_u8", np.concatenate(images))
+            group.array(f"{part}_y", np.concatenate(labels))
     return target_path
 
 

@@ -393,7 +393,10 @@ def delete_dataset_cache(*filenames: str | Callable[[], str]) -> None:
         if not target.parent.is_dir():
             continue
         with locked(target.with_name(target.name + ".lock"), f"{target.name}, which is being fetched"):
-            target.unlink(missing_ok=True)
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
             _remove_unfinished(target)
             temp = Path(config.get_data_path(_TEMP))
             shutil.rmtree(temp / _folder_of(target), ignore_errors=True)

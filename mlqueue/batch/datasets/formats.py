@@ -162,7 +162,10 @@ def matlab_arrays(path: str, *names: str) -> tuple[npt.NDArray[Any], ...]:
 
 def check_labels(labels: Any, count: int, n_classes: int, what: str) -> npt.NDArray[np.int32]:
     """``labels`` as (count,) int32, each in 0 to ``n_classes`` - 1."""
-    array = np.asarray(labels)
+    try:
+        array = np.asarray(labels)
+    except (ValueError, OverflowError) as error:  # a list of lists of different lengths, an integer beyond 64 bits
+        raise BadSourceFile(f"{what}: expected {count} integer labels: {error}") from error
     if array.shape != (count,) or array.dtype.kind not in "ui":
         raise BadSourceFile(f"{what}: expected {count} integer labels, found {array.dtype} of the shape {array.shape}")
     if count and not (array.min() >= 0 and array.max() < n_classes):

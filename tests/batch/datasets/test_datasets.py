@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import tables
 from fileserver import FileServer, Publish
 
+from mlqueue.batch import config
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.datasets import cifar10, cifar100, fashion_mnist, formats, mnist, stl, svhn, usps
 from mlqueue.batch.datasets.catalogue import CATALOGUE, UnknownDataset, find
 from mlqueue.batch.datasets.dataset import BadSourceFile, DatasetUnavailable, DownloadSourceFile
 from mlqueue.batch.datasets.hdf5 import DatasetFileError
 from mlqueue.batch.work_pool import WorkerProcessPool, WorkerThreadPool
+from mlqueue.errors import MissingDependency
 
 RNG = np.random.default_rng(4)
 N_TRAIN, N_TEST = 30, 12
@@ -511,3 +514,119 @@ def test_pools_prepare_the_same_batches_from_the_file(
     for batch, expected in zip(parallel, serial, strict=True):
         for array, expected_array in zip(batch, expected, strict=True):
             np.testing.assert_array_equal(array, expected_array)
+
+
+def cifar10_with(batch: Any) -> bytes:
+    names = [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]
+    return published.tar({f"cifar-10-batches-py/{name}": pickle.dumps(batch) for name in names})
+
+
+def cifar100_with(**meta: Any) -> bytes:
+    batch = {"data": images(6, 3072), "fine_labels": [0] * 6, "coarse_labels": [0] * 6}
+    names = {"fine_label_names": ["a"], "coarse_label_names": ["b"]} | meta
+    content = {"train": batch, "test": batch, "meta": names}
+    return published.tar({f"cifar-100-python/{name}": pickle.dumps(value) for name, value in content.items()})
+
+
+def stl_with(**members: bytes) -> bytes:
+    content = {
+        "train_X.bin": published.stl_binary(images(3, 3, 96, 96)),
+        "train_y.bin": bytes([1, 2, 3]),
+        "test_X.bin": published.stl_binary(images(2, 3, 96, 96)),
+        "test_y.bin": bytes([1, 2]),
+        "unlabeled_X.bin": published.stl_binary(images(2, 3, 96, 96)),
+        "class_names.txt": b"a\nb\nc\n",
+        "fold_indices.txt": b"0 1\n2\n",
+    }
+    content |= {name.replace("_bin", ".bin").replace("_txt", ".txt"): value for name, value in members.items()}
+    return published.tar({f"stl10_binary/{name}": value for name, value in content.items()})
+
+
+IDX = [
+    published.idx(images(4, 28, 28)),
+    published.idx(np.arange(4)),
+    published.idx(images(2, 28, 28)),
+    published.idx(np.arange(2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("mnist", [published.idx(images(4, 16, 16)), *IDX[1:]], "not 28 x 28"),
+        ("mnist", [IDX[0], published.idx(np.arange(5)), *IDX[2:]], "expected 4 integer labels"),
+        ("mnist", [IDX[0], published.idx(np.arange(4) + 9), *IDX[2:]], "labels run from 9 to 12, allowed are 0 to 9"),
+        ("cifar10", [cifar10_with([1, 2])], "expected a dictionary"),
+        ("cifar10", [cifar10_with({"labels": [1]})], "expected 'data' to be uint8"),
+        ("cifar10", [cifar10_with({"data": images(2, 3071), "labels": [1, 2]})], r"found uint8 of \(2, 3071\)"),
+        ("cifar10", [cifar10_with({"data": images(2, 3072), "labels": [1, 2, 3]})], "expected 2 integer labels"),
+        ("cifar10", [cifar10_with({"data": images(2, 3072)})], "integer labels"),
+        ("cifar100", [cifar100_with(fine_label_names=[])], "expected 'fine_label_names' to be a list of names"),
+        ("cifar100", [cifar100_with(coarse_label_names=[1])], "expected 'coarse_label_names' to be a list of names"),
+        ("svhn", [published.matlab(images(3, 3, 16, 16), np.arange(3))] * 2, r"expected uint8 of \(32, 32, 3, n\)"),
+        ("svhn", [published.matlab(images(3, 3, 32, 32), np.arange(4))] * 2, "expected 3 integer labels"),
+        ("stl", [stl_with(train_X_bin=bytes(27648 + 1))], "not a multiple of 27648"),
+        ("stl", [stl_with(train_y_bin=bytes([1, 2]))], "expected 3 integer labels"),
+        ("stl", [stl_with(test_y_bin=bytes([0, 1]))], "labels run from -1 to 0"),
+        ("stl", [stl_with(fold_indices_txt=b"0 one\n")], "something else than numbers"),
+        ("stl", [stl_with(fold_indices_txt=b"0 3\n")], "fold 0 goes beyond the 3 training images"),
+        ("stl", [stl_with(fold_indices_txt=b"-1\n")], "fold 0 goes beyond"),
+    ],
+)
+def test_content_that_is_not_the_data_sets_is_an_error(
+    name: str, files: list[bytes], message: str, publish: Publish, data_home: Path
+) -> None:
+    module, sources, fetch = {
+        "mnist": (mnist, mnist._SOURCES, mnist.fetch_mnist),
+        "cifar10": (cifar10, [cifar10._SOURCE], cifar10.fetch_cifar10),
+        "cifar100": (cifar100, [cifar100._SOURCE], cifar100.fetch_cifar100),
+        "svhn": (svhn, svhn._SVHN_SOURCES, svhn.fetch_svhn_train_test),
+        "stl": (stl, [stl._SOURCE], stl.fetch_stl),
+    }[name]
+    publish(sources, files)
+    with pytest.raises(BadSourceFile, match=message):
+        fetch()
+    assert not Path(fetch.target_path).exists()
+    assert not any(".unfinished-" in str(path) for path in data_home.rglob("*"))
+    module.delete_cache()
+    assert [path for path in data_home.rglob("*") if path.is_file()] == []
+
+
+def test_files_of_other_shapes_are_refused_when_opened(data_home: Path) -> None:
+    (data_home / "data").mkdir(parents=True)
+    with tables.open_file(data_home / "data" / "usps.h5", "w") as file:
+        group = file.create_group(file.root, "usps", "USPS")
+        for name, array in (
+            ("train_X", np.zeros((4, 256))),
+            ("train_y", labels(4)),
+            ("test_X", np.zeros((4, 256))),
+            ("test_y", labels(4)),
+        ):
+            file.create_array(group, name, array)
+    with pytest.raises(DatasetFileError, match=r"expected \(4, 1, 16, 16\)"):
+        usps.USPS(n_val=1)
+    with tables.open_file(data_home / "data" / "usps.h5", "a") as file:
+        file.remove_node("/usps/train_y")
+        file.create_array(file.root.usps, "train_y", np.zeros((4, 10), np.int32))
+    with pytest.raises(DatasetFileError, match="expected one label a row"):
+        usps.USPS(n_val=1)
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "cure"),
+    [
+        ("tables", lambda: mnist.MNIST(), "mlqueue\\[datasets\\]"),
+        ("scipy.io", lambda: svhn.fetch_svhn_extra(), "mlqueue\\[datasets\\]"),
+        ("platformdirs", lambda: config.get_data_dir(), "set MLQUEUE_DATA_HOME"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_cure(
+    package: str, use: Callable[[], object], cure: str, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(svhn._EXTRA_SOURCES, [published.matlab(images(3, 3, 32, 32), np.arange(3))])
+    publish(mnist._SOURCES, IDX)
+    if package == "platformdirs":
+        monkeypatch.delenv("MLQUEUE_DATA_HOME")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependency, match=cure):
+        use()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +237,20 @@ def test_addresses_of_local_files_work(tmp_path: Path, target: Path) -> None:
     source.write_bytes(CONTENT)
     assert config.download(str(target), source.as_uri()) == str(target)
     assert target.read_bytes() == CONTENT
+
+
+def test_a_redirect_is_followed_but_not_from_https_to_http() -> None:
+    handler = download._NoDowngrade()
+    secure = urllib.request.Request("https://a/x")
+    followed = handler.redirect_request(secure, io.BytesIO(), 302, "Found", {}, "https://b/x")
+    assert followed is not None
+    assert followed.full_url == "https://b/x"
+    with (
+        pytest.raises(urllib.error.HTTPError, match="redirected from https to http://b/x") as refused,
+        io.BytesIO() as body,
+    ):
+        handler.redirect_request(secure, body, 302, "Found", {}, "http://b/x")
+    refused.value.close()
 
 
 def test_urls_must_be_a_sequence(target: Path) -> None:

@@ -146,6 +146,32 @@ def test_a_conversion_may_move_its_source(data_home: Path, one: DownloadSourceFi
     assert tree(data_home) == ["data/set.bin"]
 
 
+def test_a_conversion_may_name_another_place_or_give_up(
+    tmp_path: Path, data_home: Path, one: DownloadSourceFile
+) -> None:
+    def elsewhere(source_paths: list[str], target_path: str) -> Path:
+        return Path(shutil.copy(source_paths[0], tmp_path / "elsewhere"))
+
+    assert fetch_and_convert_dataset([one], "set.bin")(elsewhere)() == str(tmp_path / "elsewhere")
+    assert tree(data_home) == []
+    fetch = fetch_and_convert_dataset([one], "set.bin")(lambda source_paths, target_path: None)
+    with pytest.raises(DatasetUnavailable, match="the conversion returned None"):
+        fetch.require()
+
+
+def test_a_target_may_be_a_folder(data_home: Path, one: DownloadSourceFile) -> None:
+    def unpack(source_paths: list[str], target_path: str) -> str:
+        Path(target_path).mkdir()
+        shutil.copy(source_paths[0], Path(target_path, "inside"))
+        return target_path
+
+    path = fetch_and_convert_dataset([one], "folder")(unpack)()
+    assert path is not None
+    assert (Path(path) / "inside").read_bytes() == CONTENT
+    delete_dataset_cache("folder")
+    assert not Path(path).exists()
+
+
 def test_two_sets_with_files_of_one_name_do_not_take_each_others(server: FileServer, data_home: Path) -> None:
     server.files |= {"digits/images.gz": b"digits", "clothes/images.gz": b"clothes"}
     digits = fetch_and_convert_dataset(

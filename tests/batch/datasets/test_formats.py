@@ -285,7 +285,18 @@ class TestMatlab:
 
 
 @pytest.mark.parametrize(
-    "labels", [[0, 1], [0, 1, 10], [0, -1, 2], [0.5, 1, 2], [[0], [1], [2]], None, ["a", "b", "c"]]
+    "labels",
+    [
+        [0, 1],
+        [0, 1, 10],
+        [0, -1, 2],
+        [0.5, 1, 2],
+        [[0], [1], [2]],
+        None,
+        ["a", "b", "c"],
+        [[1], [1, 2], 3],
+        [1, 2, 2**70],
+    ],
 )
 def test_labels_that_do_not_fit_are_an_error(labels: object) -> None:
     with pytest.raises(BadSourceFile, match="digits"):
