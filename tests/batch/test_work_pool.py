@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import textwrap
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -911,3 +913,11 @@ class TestShared:
 
 def _known_constants():
     return sorted(sys.modules["mlqueue.batch.pool_worker"]._worker._constants)
+
+
+class TestDocumentation:
+    def test_every_example_of_the_page_runs(self):
+        page = Path(__file__).parents[2] / "docs" / "batch" / "pools.md"
+        examples = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        assert len(examples) == 5
+        output_of("import warnings; warnings.simplefilter('error')\n" + "\n".join(examples))
