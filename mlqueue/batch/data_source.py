@@ -334,7 +334,7 @@ class ArrayDataSource(RandomAccessDataSource):
             indices = operator.index(indices) if np.ndim(indices) == 0 else np.asarray(indices, np.intp)
         parts = [read(indices) for read in self._readers]
         if self.include_indices:
-            parts.insert(0, np.arange(self.length)[indices] if isinstance(indices, slice) else indices)
+            parts.insert(0, np.arange(*indices.indices(self.length)) if isinstance(indices, slice) else indices)
         return self._as_batch(parts)
 
     def _as_batch(self, parts: list[Any]) -> Batch:
@@ -542,13 +542,11 @@ class ChoiceDataSource(AbstractDataSource):
 
     def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
         kwargs.setdefault("shuffle", None)
-        if not self.stratified and any(ds.num_batches(batch_size, **kwargs) is None for ds in self.datasets):
-            return None
-        counts = self._member_batches(batch_size, kwargs)
+        counts = [ds.num_batches(batch_size, **kwargs) for ds in self.datasets]
         known = [count for count in counts if count is not None]
         if len(known) < len(counts):
             return None
-        if self._visits_all(counts):
+        if self._visits_all(self._member_batches(batch_size, kwargs)):
             return sum(known)
         shortest = min(known)
         if np.isinf(shortest):
@@ -739,6 +737,10 @@ class TakeDataSource(AbstractDataSource):
         n = self.source.num_samples(**kwargs)
         return n if n is None else min(n, self.n)
 
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        # Batches of composites and choices may be short in the middle, and those taken then be more.
+        return super().num_batches(batch_size, **kwargs) if sampled_root(self) else None
+
     def samples_by_indices_nomapping(self, indices: IndexBatch) -> Batch:
         return self.source.samples_by_indices_nomapping(indices)  # type: ignore[attr-defined]
 
@@ -774,6 +776,9 @@ class CacheDataSource(AbstractDataSource):
                 "made of several, without a random map. Cache its members, cache before the map, or give a path."
             )
         self._root, self._cache = root, MemoryCache(root.length)
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        return self.source.num_batches(batch_size, **kwargs)
 
     @property
     def is_random_access(self) -> bool:

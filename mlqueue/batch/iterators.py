@@ -10,7 +10,7 @@ import numpy as np
 from mlqueue.batch.errors import StateError
 from mlqueue.batch.iteration import BatchIterator, batch_length, check_state, trim_batch
 from mlqueue.batch.order import Shuffle
-from mlqueue.batch.sampling import IndexIterator
+from mlqueue.batch.sampling import IndexIterator, saved_rng
 
 
 class FullBatches(BatchIterator):
@@ -210,10 +210,12 @@ class StratifiedIterator(SeveralIterators):
         self._unsure = [member for member, is_sure in enumerate(sure) if not is_sure]
         self._shuffle, self._epoch, self._wrap, self._counts = shuffle, epoch, wrap, counts
         self._schedule: np.ndarray | None = None
+        self._rng_before: Any = None  # the state of a caller's generator before the schedule was drawn
         self._place = 0
 
     def __next__(self) -> Any:
         if self._schedule is None:
+            self._rng_before = None if self._shuffle is None else saved_rng(self._shuffle)
             self._schedule = self._draw_schedule()
         while True:
             if self._place < len(self._schedule):
@@ -245,19 +247,24 @@ class StratifiedIterator(SeveralIterators):
         return {
             "kind": "stratified",
             "members": self._member_states(),
-            "schedule": None if self._schedule is None else self._schedule.tolist(),
+            "counts": list(self._counts),
+            "began": self._schedule is not None,
             "place": self._place,
             "epoch": self._epoch,
             "rng": None if self._shuffle is None else self._shuffle.get_state(),
+            "rng_before": self._rng_before,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(state, "stratified")
+        check_state(state, "stratified", counts=list(self._counts))
+        self._place, self._epoch, self._schedule = state["place"], state["epoch"], None
+        if state["began"]:
+            if self._shuffle is not None:
+                self._shuffle.set_state(state["rng_before"])
+            self._rng_before, self._schedule = state["rng_before"], self._draw_schedule()
         self._load_members(state["members"])
         if self._shuffle is not None:
             self._shuffle.set_state(state["rng"])
-        self._schedule = None if state["schedule"] is None else np.array(state["schedule"], np.intp)
-        self._place, self._epoch = state["place"], state["epoch"]
 
 
 class KeyedIterator(BatchIterator):

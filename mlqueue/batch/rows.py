@@ -47,6 +47,8 @@ def reader(x: Any) -> Reader:
     x = as_rows(x)
     if isinstance(x, np.memmap):
         x = x.view(np.ndarray)
+    if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+        x = from_dlpack(x)
     if type(x) is np.ndarray:
         return _array_reader(x)
     if hasattr(x, "oindex"):  # zarr, whose plain [] with an array means points, not rows
@@ -56,6 +58,14 @@ def reader(x: Any) -> Reader:
     if isinstance(x, list | tuple):
         return _sequence_reader(x)
     return lambda span: _own(x, x[span])
+
+
+def from_dlpack(x: Any) -> Any:
+    """A tensor of another library, in the memory of the CPU, as an array on that memory; x itself where it is not."""
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return x
 
 
 def _array_reader(array: np.ndarray) -> Reader:

@@ -455,6 +455,9 @@ def test_a_stratified_choice_survives_members_that_give_more_or_fewer_batches_th
     stated = CallableDataSource(lambda batch_size, **kw: source(20).batch_iterator(batch_size), 4)
     ds = ChoiceDataSource([stated, source(4, 200)], stratified=True)
     assert sorted(np.concatenate([b[1] for b in ds.batch_iterator(2)])) == [*range(20), *range(200, 204)]
+    ragged = ChoiceDataSource([source(3), source(3, 10)], stratified=True).take(6)  # of 2, 2, 1 and 1
+    ds = ChoiceDataSource([ragged, source(2, 200)], stratified=True)
+    assert len(np.concatenate([b[1] for b in ds.batch_iterator(2)])) == 8
     with pytest.raises(TypeError, match="member 0 does not"):
         ChoiceDataSource([CallableDataSource(lambda **kw: iter([])), source(3)], stratified=True).batch_iterator(2)
     empty = ChoiceDataSource([source(0), source(3)], stratified=True)
@@ -554,7 +557,8 @@ def sources(draw, depth=2):
         return CompositeDataSource(members, flatten=draw(st.booleans()))
     if kind == "mix":
         return MixDataSource(members, np.arange(1, len(members) + 1), draw(st.sampled_from(["first", "all"])))
-    return ChoiceDataSource(members, stratified=draw(st.booleans()))
+    known = all(member.num_samples(shuffle=None) is not None for member in members)
+    return ChoiceDataSource(members, stratified=known and draw(st.booleans()))
 
 
 def tagged(*batch, rng):
@@ -593,6 +597,15 @@ def test_resumed_is_never_stopped_and_gathered_is_iterated(ds, rng, batch_size, 
     again = ds.batch_iterator(batch_size, shuffle=RNGS[rng]())
     again.load_state_dict(third)
     assert rest(again) == expected
+
+
+@given(ds=sources(), batch_size=st.integers(1, 5), shuffle=st.sampled_from([4, 5]))
+@settings(max_examples=100, deadline=None)
+def test_the_number_of_batches_is_the_one_stated(ds, batch_size, shuffle):
+    stated = ds.num_batches(batch_size, shuffle=shuffle)
+    if stated is not None:
+        batches = ds.batch_iterator(batch_size, shuffle=shuffle)
+        assert len(list(itertools.islice(batches, 200))) == min(stated, 200)
 
 
 @given(ds=sources(), batch_size=st.integers(1, 5))

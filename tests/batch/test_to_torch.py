@@ -39,6 +39,18 @@ def test_batches_are_tensors_on_the_same_memory():
     }
 
 
+def test_tensors_are_read_as_arrays_on_their_memory():
+    tensor = torch.arange(12.0).reshape(6, 2)
+    ds = ArrayDataSource([tensor])
+    tensor[0, 0] = 50
+    for shuffle in (None, 1):
+        (batch,) = next(ds.batch_iterator(6, shuffle=shuffle))
+        assert type(batch) is np.ndarray
+        assert sorted(batch[:, 0].tolist()) == [2, 4, 6, 8, 10, 50]
+        batch[:] = 0
+    assert tensor[0, 0] == 50
+
+
 def test_each_iteration_is_an_epoch_and_can_be_resumed():
     ds = source(10).as_torch(4, shuffle=3)
     assert len(ds) == 3
