@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +77,12 @@ def test_workers_of_a_data_loader_share_the_batches():
     for one in (ds, CallableDataSource(ds.batch_iterator)):
         loader = torch.utils.data.DataLoader(one.as_torch(3, shuffle=5), batch_size=None, num_workers=2)
         assert sorted(labels(loader)) == sorted(labels(ds.batch_iterator(3, shuffle=5)))
-    unseeded = torch.utils.data.DataLoader(ds.as_torch(3, shuffle=True), batch_size=None, num_workers=2)
-    with pytest.raises(ValueError, match="seed"):
-        list(unseeded)
+
+
+def test_workers_cannot_share_what_a_generator_draws(monkeypatch):
+    worker = SimpleNamespace(id=1, num_workers=2)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: worker)
+    for shuffle in (True, np.random.default_rng(1)):
+        with pytest.raises(ValueError, match="has to be a seed"):
+            iter(source(10).as_torch(3, shuffle=shuffle))
+    assert labels(source(10).as_torch(3)) == [[3, 4, 5], [9]]
