@@ -274,8 +274,7 @@ class SlotWriter:
         A batch is made of arrays, numbers, texts, None, and tuples, lists and dicts with text keys. Anything else is
         pickled, or raises TypeError where no `dump` was given.
         """
-        description = json.dumps(self._describe(batch), separators=(",", ":")).encode()
-        return self._put(description)
+        return self._put(_encode(self._describe(batch)))
 
     def _reserve(self, nbytes: int) -> int:
         place = _round_up(self._cursor, ALIGNMENT)
@@ -284,22 +283,22 @@ class SlotWriter:
         self._cursor = place + nbytes
         return place
 
-    def _describe(self, node: Any) -> list[Any]:
+    def _describe(self, node: Any) -> tuple[Any, ...]:
         kind = type(node)
         if kind is np.ndarray:
             dtype = _dtype_text(node.dtype)
             if dtype is not None:
-                return ["a", dtype, node.shape, self._place_of(node)]
+                return ("a", dtype, node.shape, self._place_of(node))
         elif kind is tuple or kind is list:
-            return ["t" if kind is tuple else "l", [self._describe(part) for part in node]]
+            return ("t" if kind is tuple else "l", tuple([self._describe(part) for part in node]))
         elif kind is dict and all(type(name) is str for name in node):
-            return ["d", list(node), [self._describe(part) for part in node.values()]]
+            return ("d", tuple(node), tuple([self._describe(part) for part in node.values()]))
         elif node is None or kind in (bool, int, float, str):
-            return ["v", node]
+            return ("v", json.dumps(node))
         elif isinstance(node, np.generic):
             dtype = _dtype_text(node.dtype)
             if dtype is not None:
-                return ["s", dtype, self._place_of(np.asarray(node))]
+                return ("s", dtype, self._place_of(np.asarray(node)))
         return self._pickled(node)
 
     def _place_of(self, array: np.ndarray) -> int:
@@ -312,7 +311,7 @@ class SlotWriter:
         np.copyto(np.ndarray(array.shape, array.dtype, self.segment.memory, place), array)
         return place
 
-    def _pickled(self, node: Any) -> list[Any]:
+    def _pickled(self, node: Any) -> tuple[Any, ...]:
         if self._dump is None:
             raise TypeError(
                 f"a {type(node).__name__} cannot travel in a batch; use arrays, numbers, texts, None, and tuples, "
@@ -320,7 +319,7 @@ class SlotWriter:
             )
         buffers: list[Any] = []
         body = self._dump(node, buffers.append)
-        return ["p", [self._put(content) for content in [body, *(buffer.raw() for buffer in buffers)]]]
+        return ("p", tuple([self._put(content) for content in [body, *(buffer.raw() for buffer in buffers)]]))
 
     def _put(self, content: Any) -> tuple[int, int]:
         size = memoryview(content).nbytes
@@ -332,7 +331,12 @@ class SlotWriter:
         """As :meth:`write`, for one object that the caller has pickled: its pickle and the buffers beside it."""
         places = [self._put(content) for content in [body, *buffers]]
         self.last_places = places[1:]
-        return self._put(json.dumps(["p", places]).encode())
+        return self._put(_encode(("p", tuple(places))))
+
+
+@lru_cache(maxsize=512)  # a slot has mostly the same arrays at the same places
+def _encode(description: tuple[Any, ...]) -> bytes:
+    return json.dumps(description, separators=(",", ":")).encode()
 
 
 def _dtype_text(dtype: np.dtype[Any]) -> str | None:
@@ -383,7 +387,8 @@ def _compile(node: list[Any]) -> Plan:
             names, values = rest[0], [_compile(part) for part in rest[1]]
             return lambda slot, load: {name: value(slot, load) for name, value in zip(names, values, strict=True)}
         case "v":
-            return lambda slot, load: rest[0]
+            value = json.loads(rest[0])
+            return lambda slot, load: value
         case _:
             return lambda slot, load: _unpickle(slot, load, rest[0])
 
