@@ -37,7 +37,7 @@ from mlqueue.batch.iterators import (
     TupleIterator,
 )
 from mlqueue.batch.iterators import state_of as state_of
-from mlqueue.batch.order import Shuffle, as_shuffle, check_batch_size, member_seed
+from mlqueue.batch.order import Shuffle, StreamShuffle, as_shuffle, check_batch_size, member_seed
 from mlqueue.batch.reduction import batch_map_concat, batch_map_mean
 from mlqueue.batch.rows import as_rows, is_array_like, reader, rows_into
 from mlqueue.batch.sampling import (
@@ -685,16 +685,17 @@ class MapDataSource(AbstractDataSource):
         """The source's index batches; as :class:`SeededBatch` where the function takes a generator."""
         need_random_access(self)
         indices = self.source.batch_indices_iterator(batch_size, **kwargs)  # type: ignore[attr-defined]
-        return KeyedIterator(indices, self._key(kwargs), SeededBatch) if self._takes_rng else indices
+        return self._keyed(indices, kwargs, SeededBatch) if self._takes_rng else indices
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
         batches = self.source.batch_iterator(batch_size, **kwargs)
-        return KeyedIterator(batches, self._key(kwargs) if self._takes_rng else None, self.apply)
+        return self._keyed(batches, kwargs, self.apply) if self._takes_rng else KeyedIterator(batches, None, self.apply)
 
-    def _key(self, kwargs: dict[str, Any]) -> Callable[[], tuple[int, int]]:
-        """A function that gives (entropy, epoch) when the iteration begins."""
+    def _keyed(self, batches: Any, kwargs: dict[str, Any], apply: Callable[[Any, Any], Any]) -> KeyedIterator:
         shuffle = as_shuffle(self.seed if self.seed is not None else kwargs.get("shuffle"))
-        return lambda: (noise_entropy(shuffle), kwargs.get("epoch", 0))
+        epoch = kwargs.get("epoch", 0)
+        fixed = not isinstance(shuffle, StreamShuffle)
+        return KeyedIterator(batches, lambda: (noise_entropy(shuffle), epoch), apply, fixed)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> MapDataSource:
         """The mapped part of the source; see :meth:`RandomAccessDataSource.shard`."""

@@ -268,12 +268,21 @@ class StratifiedIterator(SeveralIterators):
 
 
 class KeyedIterator(BatchIterator):
-    """``apply(batch, key)`` for every batch; key is (entropy, epoch, number), or None where there is no `begin`."""
+    """``apply(batch, key)`` for every batch; key is (entropy, epoch, number), or None where there is no `begin`.
+
+    `fixed`: whether `begin` may be called at any time before the first batch. Where the entropy comes from the state
+    of a caller's generator it may not: members of a composite draw from that one after the other, and are told apart by
+    it.
+    """
 
     def __init__(
-        self, batches: Any, begin: Callable[[], tuple[int, int]] | None, apply: Callable[[Any, Any], Any]
+        self,
+        batches: Any,
+        begin: Callable[[], tuple[int, int]] | None,
+        apply: Callable[[Any, Any], Any],
+        fixed: bool = True,
     ) -> None:
-        self._batches, self._begin, self._apply = batches, begin, apply
+        self._batches, self._begin, self._apply, self._fixed = batches, begin, apply, fixed
         self._stream: tuple[int, int] | None = None
         self._number = 0
 
@@ -291,9 +300,10 @@ class KeyedIterator(BatchIterator):
         inner: dict[str, Any] = state_of(self._batches)
         if self._begin is None:
             return inner
-        if self._stream is None:
+        if self._stream is None and self._fixed:
             self._stream = self._begin()
-        return {"kind": "map", "source": inner, "stream": list(self._stream), "number": self._number}
+        stream = None if self._stream is None else list(self._stream)
+        return {"kind": "map", "source": inner, "stream": stream, "number": self._number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._begin is None:
@@ -301,7 +311,8 @@ class KeyedIterator(BatchIterator):
             return
         check_state(state, "map")
         self._batches.load_state_dict(state["source"])
-        self._stream, self._number = (state["stream"][0], state["stream"][1]), state["number"]
+        stream, self._number = state["stream"], state["number"]
+        self._stream = None if stream is None else (stream[0], stream[1])
 
     def close(self) -> None:
         close = getattr(self._batches, "close", None)

@@ -520,10 +520,19 @@ def test_a_maps_generator_belongs_to_the_batch():
     assert noise(seeded.batch_iterator(3)) == noise(seeded.batch_iterator(3))
     rng = np.random.RandomState(0)
     assert noise(ds.batch_iterator(3, shuffle=rng)) != noise(ds.batch_iterator(3, shuffle=rng))
-    # Two members that are alike are not given the same noise.
-    pair = CompositeDataSource([ds, ds]).batch_iterator(12, shuffle=4)
-    batch = next(pair)
-    assert batch[1].tolist() != batch[3].tolist()
+    # Two members that are alike are not given the same noise, whether the state was looked at or not.
+    for make in (lambda: 4, lambda: np.random.RandomState(4)):
+        pair = CompositeDataSource([ds, ds]).batch_iterator(12, shuffle=make())
+        watched = CompositeDataSource([ds, ds]).batch_iterator(12, shuffle=make())
+        watched.state_dict()
+        batch = next(pair)
+        assert batch[1].tolist() != batch[3].tolist()
+        assert tree(next(watched)) == tree(batch)
+    # In order, where nothing else says what the noise is, the state does.
+    started = ds.batch_iterator(3)
+    resumed = ds.batch_iterator(3)
+    resumed.load_state_dict(started.state_dict())
+    assert noise(resumed) == noise(started)
 
 
 # -- resume, shards, in-place reading ------------------------------------------------------------------------------
