@@ -222,7 +222,7 @@ class ProcessCrew(Crew):
         again = self._lost_to(dead, cause)
         if self._false_starts >= MOST_FALSE_STARTS:
             for lease in list(self._leases.values()):
-                self._fail(lease, f"{self._false_starts} worker processes {cause} before they had begun; see stderr.")
+                self._fail(lease, f"no worker process can begin: the last one {cause} before it had, see stderr.")
             self._false_starts = 0
             return
         self._start_worker()
@@ -254,9 +254,9 @@ class ProcessCrew(Crew):
         return marked + unmarked
 
     def _fail(self, lease: Lease, reason: str) -> None:
-        lease.error = WorkerDied(
-            f"{reason} Exit by SIGKILL is most often for want of memory: use fewer processes or smaller batches."
-        )
+        if signal.SIGKILL.name in reason:
+            reason += " That is most often for want of memory: use fewer processes, or smaller batches."
+        lease.error = WorkerDied(reason)
         self._call_off(lease)
         lease.done = True
 
