@@ -370,8 +370,8 @@ class FunctionDataSource(RandomAccessDataSource):
     """A source of `length` samples that a function reads: ``fn(indices)`` gives the batch for a 1-D int array.
 
     `length` may be anything up to 2**62: with a seed as `shuffle`, no array of that length is ever held (a RandomState
-    or a Generator draws a whole permutation, of 8 bytes a sample). `fn` has to return a tuple or a dict (a lone array becomes a tuple of one); the other arguments are those of
-    :class:`RandomAccessDataSource`.
+    or a Generator draws a whole permutation, of 8 bytes a sample). `fn` has to return a tuple or a dict (a lone array
+    becomes a tuple of one); the other arguments are those of :class:`RandomAccessDataSource`.
     """
 
     def __init__(
