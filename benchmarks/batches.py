@@ -331,6 +331,7 @@ LOADERS = ("mlqueue processes", "mlqueue threads", "mlqueue, one", "BatchUp proc
 
 def parallel(options: argparse.Namespace) -> None:
     images, rows = make_images(options.images_folder, options.images), []
+    costs: list[dict[str, Any]] = []
     for task_name, make_task in TASKS.items():
         task = make_task(images)
         with contextlib.ExitStack() as closing:
@@ -357,8 +358,26 @@ def parallel(options: argparse.Namespace) -> None:
                 if "torch" in found:
                     row[f"{name} x torch"] = found[name] / found["torch"]
             rows.append(row)
+            cost = {name: processor_cost(each(next(epochs)), task) for name, each in loaders.items() if each}
+            costs.append({"task": task_name, **cost})
             loaders.clear()
     table(f"Two workers, {AHEAD} batches ahead, every page touched: samples/s", rows)
+    table("The same: processor time of all processes for one sample, in microseconds", costs)
+
+
+def processor_cost(batches: Any, task: Any) -> float:
+    """The processor time of all processes for one sample, in microseconds; it hardly depends on what else runs."""
+    for _ in range(2 * AHEAD):  # as much is ahead at the end as at the beginning
+        touch(next(batches))
+    begun, count = processor_time(), 0
+    for batch in batches:
+        touch(batch)
+        count += 1
+        if count == 30:
+            break
+    cost = (processor_time() - begun) / count / task.batch_size * 1e6
+    finish(batches)
+    return cost
 
 
 def drain(batches: Any) -> None:
@@ -431,17 +450,32 @@ def finish(batches: Any) -> None:
         drain(batches)
 
 
-def pss() -> int:
-    """The proportional set size, in bytes, of this process and all that descend from it."""
+def family() -> set[int]:
+    """The numbers of this process and of all that descend from it."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def processor_time() -> float:
+    """The seconds of processor time that those of the family which live have had (Linux)."""
     total = 0
-    for pid in family:
+    for pid in family():
+        for schedule in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                total += int(schedule.read_text().split()[0])
+    return total / 1e9
+
+
+def pss() -> int:
+    """The proportional set size, in bytes, of the family (Linux)."""
+    total = 0
+    for pid in family():
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
