@@ -1,0 +1,545 @@
+"""How fast mini-batches come: mlqueue.batch, BatchUp and torch's DataLoader on the same data in one run.
+
+::
+
+    pip install 'mlqueue[batch]' batchup torch pillow      # torch: a build for the processor will do
+    python benchmarks/batches.py                           # all of it; makes 20,000 JPEG files, 30 minutes
+    python benchmarks/batches.py --quick memory parallel   # parts: memory, threads, parallel, first, weighted
+
+Every figure is the median over rounds; in a round each competitor runs once, in turn, so that what else the machine
+does meets all of them. A competitor that is not installed is left out. "x" columns are ratios: more is better for us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlqueue.batch import data_source, sampling, work_pool
+
+try:
+    import batchup.data_source
+    import batchup.sampling
+    import batchup.work_pool
+except ImportError:
+    batchup = None
+
+SAMPLES, FEATURES = 60_000, 784
+BATCH_SIZES = (64, 256, 1024)
+SIDE = 224
+#: Batches ahead in the parallel loaders: torch's default with two workers (prefetch_factor=2).
+AHEAD = 4
+WORKERS = 2
+
+Rate = Callable[[], float]
+
+
+def memory_arrays() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.random((SAMPLES, FEATURES), np.float32), rng.integers(0, 10, SAMPLES).astype(np.int32)
+
+
+def touch(batch: Any) -> None:
+    """Read from every page of the arrays of a batch, as whoever trains on it would."""
+    for array in batch:
+        flat = (array.numpy() if hasattr(array, "numpy") else array).reshape(-1)
+        flat[:: max(1, 4096 // flat.itemsize)].sum()
+
+
+def rate(batches: Iterator[Any], most: int | None = None, use: Callable[[Any], None] | None = None) -> float:
+    """Batches a second."""
+    begun, count = time.perf_counter(), 0
+    for batch in batches:
+        if use is not None:
+            use(batch)
+        count += 1
+        if count == most:
+            break
+    return count / (time.perf_counter() - begun)
+
+
+def compare(competitors: dict[str, Rate], rounds: int) -> dict[str, float]:
+    """The median rate of each, measured in turn, after a round that does not count."""
+    rates: dict[str, list[float]] = {name: [] for name in competitors}
+    for number in range(rounds + 1):
+        for name, measure in competitors.items():
+            value = measure()
+            if number:
+                rates[name].append(value)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n## {title}\n", flush=True)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(shown(row.get(name, "")) for name in names) + " |", flush=True)
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+    return str(value)
+
+
+# --- one thread, arrays in memory ---
+
+
+def bare_loop(arrays: tuple[np.ndarray, np.ndarray], batch_size: int, shuffled: bool) -> Rate:
+    """The least there is to do: the rows into one array that is used over and over."""
+    slots = [np.empty((batch_size, *array.shape[1:]), array.dtype) for array in arrays]
+
+    def measure() -> float:
+        order = np.random.RandomState(1).permutation(SAMPLES) if shuffled else None
+        begun, count = time.perf_counter(), 0
+        for start in range(0, SAMPLES - batch_size + 1, batch_size):
+            for array, slot in zip(arrays, slots, strict=True):
+                if order is None:
+                    np.copyto(slot, array[start : start + batch_size])
+                else:
+                    np.take(array, order[start : start + batch_size], axis=0, out=slot, mode="clip")
+            count += 1
+        return count / (time.perf_counter() - begun)
+
+    return measure
+
+
+def memory(options: argparse.Namespace) -> None:
+    arrays = memory_arrays()
+    ours, rows = data_source.ArrayDataSource(list(arrays)), []
+    theirs = batchup.data_source.ArrayDataSource(list(arrays)) if batchup else None
+    for shuffled in (True, False):
+        for batch_size in BATCH_SIZES:
+
+            def epoch(ds: Any, batch_size: int = batch_size, shuffled: bool = shuffled) -> Rate:
+                shuffle = (lambda: np.random.RandomState(1)) if shuffled else lambda: None
+                return lambda: rate(ds.batch_iterator(batch_size, shuffle=shuffle()))
+
+            competitors = {"mlqueue": epoch(ours), "bare numpy": bare_loop(arrays, batch_size, shuffled)}
+            if theirs is not None:
+                competitors["BatchUp"] = epoch(theirs)
+            found = compare(competitors, options.rounds * 3)
+            row: dict[str, Any] = {"order": "shuffled" if shuffled else "in order", "batch": batch_size, **found}
+            row["x bare numpy"] = found["mlqueue"] / found["bare numpy"]
+            if theirs is not None:
+                row["x BatchUp"] = found["mlqueue"] / found["BatchUp"]
+            rows.append(row)
+    table(f"Arrays in memory, one thread, {SAMPLES:,} x {FEATURES} float32: batches/s", rows)
+    if theirs is not None:
+        print(f"\nGeometric mean: {geometric_mean([row['x BatchUp'] for row in rows]):.2f} x BatchUp")
+    print(f"Geometric mean: {geometric_mean([row['x bare numpy'] for row in rows]):.2f} x bare numpy")
+
+
+# --- two threads, arrays in memory ---
+
+
+def threads(options: argparse.Namespace) -> None:
+    arrays, rows = memory_arrays(), []
+    ours = data_source.ArrayDataSource(list(arrays))
+    theirs = batchup.data_source.ArrayDataSource(list(arrays)) if batchup else None
+    with work_pool.WorkerThreadPool(WORKERS) as pool:
+        parallel = pool.parallel_data_source(ours, 2 * AHEAD)
+        for batch_size in BATCH_SIZES:
+
+            def epoch(ds: Any, batch_size: int = batch_size) -> Rate:
+                return lambda: rate(ds.batch_iterator(batch_size, shuffle=np.random.RandomState(1)))
+
+            competitors = {"2 threads": epoch(parallel), "one": epoch(ours)}
+            if theirs is not None:
+                competitors["BatchUp, one"] = epoch(theirs)
+            found = compare(competitors, options.rounds * 3)
+            row: dict[str, Any] = {"batch": batch_size, **found, "x one": found["2 threads"] / found["one"]}
+            if theirs is not None:
+                row["x BatchUp"] = found["2 threads"] / found["BatchUp, one"]
+            rows.append(row)
+    table("Arrays in memory, shuffled, two prefetching threads: batches/s", rows)
+
+
+# --- two workers: arrays in memory, JPEG files, pure Python ---
+
+
+def make_images(folder: Path, count: int) -> list[str]:
+    """`count` JPEG files of 224 x 224, as large as photographs are: smooth colours with some noise on them."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    paths = [str(folder / f"{number:06}.jpg") for number in range(count)]
+    missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
+    for path in missing:
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((SIDE, SIDE), Image.BICUBIC)
+        noisy = np.clip(np.asarray(coarse, np.int16) + rng.integers(-12, 13, (SIDE, SIDE, 3)), 0, 255)
+        Image.fromarray(noisy.astype(np.uint8)).save(path, quality=85)
+    return paths
+
+
+def decode(path: str) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+class MemoryTask:
+    """Rows of arrays."""
+
+    batch_size, most = 256, None
+
+    def __init__(self, images: list[str]) -> None:
+        self.arrays = memory_arrays()
+        self.length = SAMPLES
+
+    def load(self, indices: Any) -> tuple[np.ndarray, ...]:
+        return tuple(array[indices] for array in self.arrays)
+
+    def source(self) -> Any:
+        return data_source.ArrayDataSource(list(self.arrays))
+
+
+class JPEGTask:
+    """Images decoded to uint8."""
+
+    batch_size, most = 64, 60
+
+    def __init__(self, images: list[str]) -> None:
+        self.images, self.length = images, len(images)
+
+    def load(self, indices: Any, empty: Any = np.empty) -> tuple[np.ndarray, ...]:
+        out = empty((len(indices), SIDE, SIDE, 3), np.uint8)
+        for row, index in enumerate(indices):
+            out[row] = decode(self.images[index])
+        return (out,)
+
+    def source(self) -> Any:
+        # A function's batch can be made in place only by a map: the indices are the source, the images what it maps to.
+        return data_source.ArrayDataSource([np.arange(self.length)]).map(self.load)
+
+
+class FloatTask(JPEGTask):
+    """Images decoded to float32 from 0 to 1."""
+
+    def load(self, indices: Any, empty: Any = np.empty) -> tuple[np.ndarray, ...]:
+        out = empty((len(indices), SIDE, SIDE, 3), np.float32)
+        for row, index in enumerate(indices):
+            np.multiply(decode(self.images[index]), np.float32(1 / 255), out=out[row])
+        return (out,)
+
+
+class PythonTask:
+    """Something that only Python does: hashes of words, which holds the global lock."""
+
+    batch_size, most = 64, 150
+
+    def __init__(self, images: list[str]) -> None:
+        self.length = 20_000
+
+    def load(self, indices: Any) -> tuple[np.ndarray, ...]:
+        out = np.empty((len(indices), 64), np.float32)
+        for row, index in enumerate(indices):
+            value, values = int(index) + 1, []
+            for _ in range(400):
+                value = (value * 1103515245 + 12345) & 0x7FFFFFFF
+                values.append(value)
+            out[row] = values[-64:]
+        return (out,)
+
+    def source(self) -> Any:
+        return data_source.ArrayDataSource([np.arange(self.length)]).map(self.load)
+
+
+TASKS = {"memory": MemoryTask, "JPEG to uint8": JPEGTask, "JPEG to float32": FloatTask, "pure Python": PythonTask}
+
+
+class BatchUpView:
+    """The task as an array-like, which is how BatchUp reads files."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return self.task.length
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        return self.task.load(indices)[0]
+
+
+class TorchView:
+    """The task as a Dataset whose items are batches."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return self.task.length
+
+    def __getitem__(self, indices: list[int]) -> tuple[np.ndarray, ...]:
+        return self.task.load(np.asarray(indices))
+
+
+def open_loader(name: str, task: Any, closing: contextlib.ExitStack) -> Callable[[int], Iterator[Any]] | None:
+    """A function that gives an epoch's shuffled batches; None when the competitor is not installed."""
+    size = task.batch_size
+    if name in ("mlqueue processes", "mlqueue threads"):
+        make = work_pool.WorkerProcessPool if name.endswith("processes") else work_pool.WorkerThreadPool
+        pool = closing.enter_context(make(WORKERS))
+        parallel = pool.parallel_data_source(task.source(), AHEAD)
+        return lambda epoch: parallel.batch_iterator(size, shuffle=1, epoch=epoch)
+    if name == "mlqueue, one":
+        source = task.source()
+        return lambda epoch: source.batch_iterator(size, shuffle=1, epoch=epoch)
+    if name == "BatchUp processes":
+        if batchup is None:
+            return None
+
+        theirs = batchup.work_pool.WorkerProcessPool(WORKERS)
+        arrays = list(task.arrays) if hasattr(task, "arrays") else [BatchUpView(task)]
+        old = theirs.parallel_data_source(batchup.data_source.ArrayDataSource(arrays), AHEAD)
+        return lambda epoch: old.batch_iterator(size, shuffle=np.random.RandomState(epoch))
+    try:
+        import torch.utils.data as torch_data
+    except ImportError:
+        return None
+    view = TorchView(task)
+    sampler = torch_data.BatchSampler(torch_data.RandomSampler(view), size, drop_last=False)
+    loader = torch_data.DataLoader(
+        view, sampler=sampler, batch_size=None, num_workers=WORKERS, prefetch_factor=2, persistent_workers=True
+    )
+    return lambda epoch: iter(loader)
+
+
+LOADERS = ("mlqueue processes", "mlqueue threads", "mlqueue, one", "BatchUp processes", "torch")
+
+
+def parallel(options: argparse.Namespace) -> None:
+    images, rows = make_images(options.images_folder, options.images), []
+    costs: list[dict[str, Any]] = []
+    for task_name, make_task in TASKS.items():
+        task = make_task(images)
+        with contextlib.ExitStack() as closing:
+            loaders = {name: open_loader(name, task, closing) for name in LOADERS}
+            epochs = iter(range(1_000_000))
+
+            def measure(loader: Any, task: Any = task, epochs: Any = epochs) -> Rate:
+                def once() -> float:
+                    batches = loader(next(epochs))
+                    touch(next(batches))  # the first batch is another table
+                    found = rate(batches, task.most, touch) * task.batch_size
+                    # What is ahead belongs to this round, not to the next competitor's.
+                    if hasattr(batches, "close"):
+                        batches.close()
+                    else:
+                        drain(batches)
+                    return found
+
+                return once
+
+            found = compare({name: measure(each) for name, each in loaders.items() if each}, options.rounds)
+            row: dict[str, Any] = {"task": task_name, **found}
+            for name in ("mlqueue processes", "mlqueue threads"):
+                if "torch" in found:
+                    row[f"{name} x torch"] = found[name] / found["torch"]
+            rows.append(row)
+            cost = {name: processor_cost(each(next(epochs)), task) for name, each in loaders.items() if each}
+            costs.append({"task": task_name, **cost})
+            loaders.clear()
+    table(f"Two workers, {AHEAD} batches ahead, every page touched: samples/s", rows)
+    table("The same: processor time of all processes for one sample, in microseconds", costs)
+
+
+def processor_cost(batches: Any, task: Any) -> float:
+    """The processor time of all processes for one sample, in microseconds; it hardly depends on what else runs."""
+    for _ in range(2 * AHEAD):  # as much is ahead at the end as at the beginning
+        touch(next(batches))
+    begun, count = processor_time(), 0
+    for batch in batches:
+        touch(batch)
+        count += 1
+        if count == 30:
+            break
+    cost = (processor_time() - begun) / count / task.batch_size * 1e6
+    finish(batches)
+    return cost
+
+
+def drain(batches: Any) -> None:
+    """Take what torch's workers have ahead: they have no other end of an epoch."""
+    iterator = getattr(batches, "_sampler_iter", None)
+    if iterator is not None:
+        batches._sampler_iter = iter(())  # no more is given out
+        for _ in batches:
+            pass
+
+
+# --- the first batch, and memory ---
+
+
+def first(options: argparse.Namespace) -> None:
+    make_images(options.images_folder, options.images)
+    rows = []
+    for task_name in TASKS:
+        for name in LOADERS:
+            runs = []
+            for _ in range(options.rounds):
+                command = [sys.executable, __file__, "--one", name, task_name, "--images", str(options.images)]
+                done = subprocess.run(
+                    [*command, "--images-folder", str(options.images_folder)], stdout=subprocess.PIPE, check=False
+                )
+                if done.returncode == 0 and done.stdout.strip():
+                    runs.append(json.loads(done.stdout.splitlines()[-1]))
+            if runs:
+                median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+                rows.append({"task": task_name, "loader": name, **median})
+    table("Time to the first batch, in ms, and the memory of all processes (PSS), in MB", rows)
+
+
+def one(name: str, task_name: str, images: list[str]) -> None:
+    """In a process of its own: time to the first batch of the first and of later epochs, and memory."""
+    task = TASKS[task_name](images)
+    if name == "torch":
+        with contextlib.suppress(ImportError):  # its import is not what is measured
+            import torch.utils.data  # noqa: F401
+    with contextlib.ExitStack() as closing:
+        begun = time.perf_counter()
+        loader = open_loader(name, task, closing)
+        if loader is None:
+            return
+        batches = loader(0)
+        touch(next(batches))
+        cold = time.perf_counter() - begun
+        rate(batches, 3 * AHEAD, touch)
+        later = []
+        for epoch in range(1, 4):
+            finish(batches)
+            time.sleep(0.05)
+            begun = time.perf_counter()
+            batches = loader(epoch)
+            touch(next(batches))
+            later.append(time.perf_counter() - begun)
+            rate(batches, 3 * AHEAD, touch)
+        held = next(batches)
+        time.sleep(0.5)  # for the loader to get as far ahead as it may
+        touch(held)
+        print(json.dumps({"first": cold * 1e3, "later": statistics.median(later) * 1e3, "memory": pss() / 1e6}))
+        sys.stdout.flush()
+        finish(batches)
+
+
+def finish(batches: Any) -> None:
+    if hasattr(batches, "close"):
+        batches.close()
+    else:
+        drain(batches)
+
+
+def family() -> set[int]:
+    """The numbers of this process and of all that descend from it."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    found = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def processor_time() -> float:
+    """The seconds of processor time that those of the family which live have had (Linux)."""
+    total = 0
+    for pid in family():
+        for schedule in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                total += int(schedule.read_text().split()[0])
+    return total / 1e9
+
+
+def pss() -> int:
+    """The proportional set size, in bytes, of the family (Linux)."""
+    total = 0
+    for pid in family():
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
+# --- weighted drawing ---
+
+
+def weighted(options: argparse.Namespace) -> None:
+    weights = np.random.default_rng(0).random(1_000_000)
+    rows = []
+    for batch_size in BATCH_SIZES:
+
+        def draw(sampler: Any, batches: int, batch_size: int = batch_size) -> Rate:
+            def measure() -> float:
+                drawn = sampler.shuffled_indices_batch_iterator(batch_size, np.random.RandomState(1))
+                next(drawn)
+                return rate(drawn, batches)
+
+            return measure
+
+        competitors = {"mlqueue": draw(sampling.WeightedSampler(weights), 2000)}
+        if batchup:
+            competitors["BatchUp"] = draw(batchup.sampling.WeightedSampler(weights), 20)
+        found = compare(competitors, options.rounds)
+        row: dict[str, Any] = {"batch": batch_size, **found}
+        if batchup:
+            row["x BatchUp"] = found["mlqueue"] / found["BatchUp"]
+        rows.append(row)
+    table("Weighted drawing from 1,000,000 samples: batches/s", rows)
+
+
+PARTS = {"memory": memory, "threads": threads, "parallel": parallel, "first": first, "weighted": weighted}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all without")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=20_000, help="how many JPEG files")
+    parser.add_argument(
+        "--images-folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "mlqueue-benchmark-images",
+        help="kept there",
+    )
+    parser.add_argument("--quick", action="store_true", help="3 rounds, 4,000 files")
+    parser.add_argument("--one", nargs=2, metavar=("LOADER", "TASK"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.images = 3, 4000
+    if options.one:
+        one(*options.one, make_images(options.images_folder, options.images))
+        return
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"Python {sys.version.split()[0]}, numpy {np.__version__}, {cores} cores, load {os.getloadavg()[0]:.1f}")
+    for name in options.parts or PARTS:
+        PARTS[name](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Crews: the workers of a pool, and how work reaches them. The crew of threads is here.
+
+A crew takes work (:class:`Call` or :class:`BatchCall`), gives a lease for each piece at once, and its result when
+asked. It knows nothing of order; that is the business of :mod:`mlqueue.batch.work_pool`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+
+from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
+from mlqueue.batch.pickling import pickle_code
+from mlqueue.batch.transport import Empty, Recycler
+
+__all__ = ["BatchCall", "Call", "Crew", "How", "ThreadCrew", "Work", "closed_error"]
+
+How = Literal["lend", "copy", "view"]
+
+
+class Call:
+    """A function to be called by a worker."""
+
+    __slots__ = ("args", "function", "kwargs")
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
+        self.function, self.args, self.kwargs = function, args, kwargs or {}
+
+    def run(self) -> Any:
+        """Do it here."""
+        return self.function(*self.args, **self.kwargs)
+
+    def encode(self) -> bytes:
+        """The request to a worker process."""
+        return pickle_code(("call", self.function, self.args, self.kwargs), whole=True)[0]
+
+    def __str__(self) -> str:
+        return f"the task {getattr(self.function, '__qualname__', self.function)!s}"
+
+
+class BatchCall:
+    """A batch to be prepared by a worker: the samples of `source` that `index_batch` names.
+
+    `source` is a data source, or a :class:`SharedConstant` of one. `key` is what the worker's global random generators
+    are seeded from; its last part is the number of the batch. `empty` makes the arrays where a thread prepares it.
+    """
+
+    __slots__ = ("empty", "index_batch", "key", "source")
+
+    def __init__(self, source: Any, index_batch: Any, key: worker.Key, empty: Empty = np.empty) -> None:
+        self.source, self.index_batch, self.key, self.empty = source, index_batch, key, empty
+
+    def run(self) -> Any:
+        """Do it here."""
+        return worker.gather(self.source, self.index_batch, self.empty)
+
+    def encode(self) -> bytes:
+        """The request to a worker process."""
+        index = self.index_batch
+        if type(index) is np.ndarray and index.dtype.kind in "iu" and index.ndim == 1:
+            # What most are; to pickle the array takes five times as long.
+            return pickle.dumps(("rows", self.source.number, index.dtype.str, index.tobytes(), self.key), 5)
+        request = ("batch", self.source.number, self.index_batch, self.key)
+        return pickle.dumps(request, 5) if is_plain(self.index_batch) else pickle_code(request, whole=True)[0]
+
+    def __str__(self) -> str:
+        return f"batch {self.key[2]} (sample indices {np.array2string(as_sample(self.index_batch), threshold=16)})"
+
+
+def as_sample(index_batch: Any) -> np.ndarray:
+    """The indices of the first source in an index batch, to show them."""
+    while isinstance(index_batch, tuple | list) and index_batch and np.ndim(index_batch[0]):
+        index_batch = index_batch[0]
+    return np.asarray(index_batch)
+
+
+def is_plain(index_batch: Any) -> bool:
+    """Whether every worker can unpickle it: there is nothing of the user's own in it."""
+    kind = type(index_batch)
+    if kind in (tuple, list, ChoiceBatch, SeededBatch):
+        return all(is_plain(part) for part in index_batch)
+    return kind in (np.ndarray, int) and not getattr(index_batch, "dtype", np.dtype(int)).hasobject
+
+
+Work = Call | BatchCall
+
+
+class Crew(ABC):
+    """Workers of one kind."""
+
+    def __init__(self, workers: int) -> None:
+        #: How many there are.
+        self.workers = workers
+
+    @property
+    def empty(self) -> Empty:
+        """What makes the arrays of batches where the workers share the memory of this process."""
+        return np.empty
+
+    @abstractmethod
+    def share(self, value: Any, earlier: Any = None) -> Any:
+        """The value as it has to be named in work, so that it is sent to each worker once.
+
+        `earlier`: what this gave before; given again as long as it is still equal to the value.
+        """
+
+    @abstractmethod
+    def submit(self, work: Work) -> Any:
+        """Give out work; gives the lease."""
+
+    @abstractmethod
+    def result(self, lease: Any, how: How = "lend") -> Any:
+        """Wait for the work and give its result, or raise what it raised; once for each lease.
+
+        `how`: see :class:`~mlqueue.batch.transport.SlotArena`; after "view" the caller says `release`.
+        """
+
+    @abstractmethod
+    def release(self, lease: Any) -> None:
+        """Let go of a result that was taken as a view."""
+
+    @abstractmethod
+    def abandon(self, leases: Iterable[Any]) -> None:
+        """End work whose results nobody waits for: what has not begun does not begin. Takes no lock."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End all work and all workers. Work that is given out later raises RuntimeError."""
+
+
+class ThreadLease:
+    """Work given out to a thread."""
+
+    __slots__ = ("cancelled", "error", "ready", "value", "work")
+
+    def __init__(self, work: Work) -> None:
+        self.work: Work | None = work
+        self.cancelled = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.ready = threading.Lock()
+        self.ready.acquire()
+
+
+Inbox = queue.SimpleQueue["ThreadLease | None"]
+
+
+class ThreadCrew(Crew):
+    """Threads of this process. Results are handed over as they are."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._recycler = Recycler()
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_work_in_thread, args=(self._inbox,), name=f"mlqueue-batch-{n}", daemon=True)
+            for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._closed = False
+        self._stop = weakref.finalize(self, _stop_threads, self._inbox, threads)
+
+    @property
+    def empty(self) -> Empty:
+        return self._recycler.empty
+
+    def share(self, value: Any, earlier: Any = None) -> Any:
+        return value
+
+    def submit(self, work: Work) -> ThreadLease:
+        if self._closed:
+            raise closed_error()
+        lease = ThreadLease(work)
+        self._inbox.put(lease)
+        return lease
+
+    def result(self, lease: ThreadLease, how: How = "lend") -> Any:
+        lease.ready.acquire()
+        lease.ready.release()
+        if lease.error is not None:
+            raise lease.error
+        return lease.value
+
+    def release(self, lease: ThreadLease) -> None:
+        pass
+
+    def abandon(self, leases: Iterable[ThreadLease]) -> None:
+        for lease in leases:
+            lease.cancelled = True
+
+    def close(self) -> None:
+        self._closed = True
+        while not self._inbox.empty():
+            try:
+                lease = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if lease is not None:
+                lease.error = closed_error()
+                lease.ready.release()
+        self._stop()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+
+def _work_in_thread(inbox: Inbox) -> None:
+    while (lease := inbox.get()) is not None:
+        work, lease.work = lease.work, None
+        if not lease.cancelled and work is not None:
+            try:
+                lease.value = work.run()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+                error.add_note(f"Raised in a worker thread by {work}.")
+                lease.error = error
+        lease.ready.release()
+        del lease, work
+
+
+def _stop_threads(inbox: Inbox, threads: int) -> None:
+    for _ in range(threads):
+        inbox.put(None)
+
+
+def closed_error() -> RuntimeError:
+    """What using a closed pool raises."""
+    return RuntimeError("the pool is closed; make a new one, or leave its `with` block later.")

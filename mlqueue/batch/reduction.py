@@ -1,0 +1,131 @@
+"""Applying a function to every batch and joining, or averaging, what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mlqueue.batch.iteration import batch_length
+
+__all__ = ["batch_map_concat", "batch_map_mean"]
+
+Progress = Callable[..., Any]
+
+
+def batch_map_concat(
+    func: Callable[..., Any],
+    batch_iter: Iterator[Any],
+    progress_iter_func: Progress | None = None,
+    n_batches: int | None = None,
+    prepend_args: tuple[Any, ...] | None = None,
+    *,
+    total: int | None = None,
+) -> tuple[np.ndarray, ...] | None:
+    """Apply `func` to every batch and concatenate what it returns along axis 0.
+
+    `func(*prepend_args, *batch)` (the batch as one argument where it is a dict) returns an array, a tuple or list of
+    arrays, or None for a batch to be left out. `progress_iter_func(iterator, total=, leave=False)`: tqdm, or anything
+    that is called like it. `n_batches`: stop after so many; the iterator then stands just behind them.
+
+    Returns a tuple with one array for each that `func` returns; None when nothing was returned at all.
+    Raises TypeError for another kind of result, ValueError when batches give different numbers of arrays or 0-d ones.
+    """
+    parts: list[list[np.ndarray]] = []
+    for _, results in _results(func, batch_iter, progress_iter_func, n_batches, prepend_args, total):
+        arrays = [_array(result) for result in results]
+        if not parts:
+            parts = [[] for _ in arrays]
+        _same_number(len(parts), len(arrays))
+        for part, array in zip(parts, arrays, strict=True):
+            part.append(array)
+    return tuple(np.concatenate(part, axis=0) for part in parts) if parts else None
+
+
+def batch_map_mean(
+    func: Callable[..., Any],
+    batch_iter: Iterator[Any],
+    progress_iter_func: Progress | None = None,
+    sum_axis: int | tuple[int, ...] | None = None,
+    n_batches: int | None = None,
+    prepend_args: tuple[Any, ...] | None = None,
+    *,
+    total: int | None = None,
+) -> tuple[Any, ...] | None:
+    """Apply `func` to every batch and average what it returns over all samples.
+
+    `func` returns, for its batch, the **sum** over the samples (a number or an array), or a tuple or list of such, or
+    None; with `sum_axis` it returns values a sample, that are summed over that axis. The sums are added in float64 and
+    divided by the number of samples; batches for which it returned None count too. The other arguments are those of
+    :func:`batch_map_concat`. Returns a tuple of float64, numbers or arrays; None when nothing was returned at all.
+    """
+    sums: list[np.ndarray] = []
+    n_samples = 0
+    for batch, results in _results(func, batch_iter, progress_iter_func, n_batches, prepend_args, total, nones=True):
+        n_samples += batch_length(batch)
+        if results is None:
+            continue
+        terms = [_sum(result, sum_axis) for result in results]
+        if not sums:
+            sums = [np.zeros_like(term) for term in terms]
+        _same_number(len(sums), len(terms))
+        sums = [so_far + term for so_far, term in zip(sums, terms, strict=True)]
+    return tuple(np.float64(s / n_samples) if s.ndim == 0 else s / n_samples for s in sums) if sums else None
+
+
+def _results(
+    func: Callable[..., Any],
+    batches: Iterator[Any],
+    progress: Progress | None,
+    n_batches: int | None,
+    prepend_args: tuple[Any, ...] | None,
+    total: int | None,
+    nones: bool = False,
+) -> Iterator[tuple[Any, Any]]:
+    """Each batch with the results of func as a sequence; those that are None only where `nones` asks for them."""
+    first = tuple(prepend_args or ())
+    if n_batches is not None:
+        if n_batches < 0:
+            raise ValueError(f"n_batches must not be negative, got {n_batches}.")
+        batches, total = islice(batches, n_batches), n_batches
+    if progress is not None:
+        batches = progress(batches, total=total, leave=False)
+    for batch in batches:
+        result = func(*first, batch) if isinstance(batch, dict) else func(*first, *batch)
+        if result is None:
+            if nones:
+                yield batch, None
+        elif isinstance(result, tuple | list):
+            yield batch, result
+        else:
+            yield batch, (result,)
+
+
+def _array(result: Any) -> np.ndarray:
+    if not isinstance(result, np.ndarray):
+        raise TypeError(f"the function must return arrays, a tuple of them, or None; got a {type(result).__name__}.")
+    if result.ndim == 0:
+        raise ValueError("the function returned an array without dimensions, which cannot be concatenated.")
+    return result
+
+
+def _sum(result: Any, axis: int | tuple[int, ...] | None) -> np.ndarray:
+    if not isinstance(result, np.ndarray | np.generic | int | float):
+        raise TypeError(
+            f"the function must return numbers or arrays, a tuple of them, or None; got a {type(result).__name__}."
+        )
+    if axis is not None:
+        if np.ndim(result) == 0:
+            raise ValueError(
+                f"sum_axis={axis} needs an array with a value for each sample, but the function returned a number; "
+                "return the values, or the sum without sum_axis."
+            )
+        return np.asarray(np.sum(result, axis=axis, dtype=np.float64))
+    return np.array(result, np.float64)
+
+
+def _same_number(before: int, now: int) -> None:
+    if before != now:
+        raise ValueError(f"the function returned {before} results for the batches before, and {now} for this one.")

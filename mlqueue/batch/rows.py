@@ -1,0 +1,191 @@
+"""Reading rows (samples) out of anything like an array.
+
+An array-like is only ever asked with an int, a slice, or a 1-D int array. Nodes of HDF5 files, which cannot be asked
+for rows in any order or for a row twice, are read through :class:`HDF5Rows`: it sorts, reads runs as slices, works
+from several threads (one at a time), and can be sent to another process, where it opens the file again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+__all__ = ["HDF5Rows", "as_rows", "is_array_like", "reader"]
+
+#: Only one thread at a time may be inside the HDF5 library as PyTables uses it.
+HDF5_LOCK = threading.RLock()
+
+Reader = Callable[[Any], Any]
+
+
+def is_array_like(x: Any) -> bool:
+    """Whether x has a length and can be indexed, and is neither text nor a dict."""
+    return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, str | bytes | dict)
+
+
+def as_rows(x: Any) -> Any:
+    """x itself, or an :class:`HDF5Rows` around it when it is a node of PyTables or a dataset of h5py."""
+    if isinstance(x, HDF5Rows):
+        return x
+    tables, h5py = sys.modules.get("tables"), sys.modules.get("h5py")
+    if tables is not None and isinstance(x, tables.Leaf):
+        return HDF5Rows(x, x._v_file.filename, x._v_pathname, "tables")
+    if h5py is not None and isinstance(x, h5py.Dataset):
+        return HDF5Rows(x, x.file.filename, x.name, "h5py")
+    return x
+
+
+def reader(x: Any) -> Reader:
+    """A function that gives the rows of x for a slice or a 1-D int array, never as a view of x."""
+    x = as_rows(x)
+    if isinstance(x, np.memmap):
+        x = x.view(np.ndarray)
+    if not isinstance(x, np.ndarray) and hasattr(x, "__dlpack__"):
+        x = from_dlpack(x)
+    if type(x) is np.ndarray:
+        return _array_reader(x)
+    if hasattr(x, "oindex"):  # zarr, whose plain [] with an array means points, not rows
+        return lambda span: x[span] if isinstance(span, slice | int) else x.oindex[span]
+    if isinstance(x, HDF5Rows):
+        return x.__getitem__
+    if isinstance(x, list | tuple):
+        return _sequence_reader(x)
+    return lambda span: _own(x, x[span])
+
+
+def from_dlpack(x: Any) -> Any:
+    """A tensor of another library, in the memory of the CPU, as an array on that memory; x itself where it is not."""
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, TypeError, ValueError):
+        return x
+
+
+def _array_reader(array: np.ndarray) -> Reader:
+    # take() is the fastest, but it would copy the whole of an array that is not contiguous first.
+    if array.flags.c_contiguous and array.ndim:
+        take = array.take
+        return lambda span: take(span, 0) if type(span) is np.ndarray else _copy(array[span])
+    return lambda span: _copy(array[span])
+
+
+def rows_into(x: Any, read: Reader, index: np.ndarray, empty: Callable[[Any, Any], np.ndarray]) -> Any:
+    """The rows of x at a 1-D int array, in an array that ``empty(shape, dtype)`` makes where x allows it."""
+    if not (isinstance(x, np.ndarray) and x.ndim and not x.dtype.hasobject):
+        return read(index)
+    if index.size and (index.min() < 0 or index.max() >= len(x)):
+        return read(index)
+    out = empty((len(index), *x.shape[1:]), x.dtype)
+    # take() with out= copies through a buffer unless it may clip; and copies the whole of an array with gaps.
+    if x.flags.c_contiguous:
+        np.take(x, index, axis=0, out=out, mode="clip")
+    else:
+        out[...] = x[index]
+    return out
+
+
+def _sequence_reader(sequence: Any) -> Reader:
+    def read(span: Any) -> Any:
+        if isinstance(span, slice):
+            return np.asarray(sequence[span])
+        if np.ndim(span) == 0:
+            return sequence[int(span)]
+        return np.asarray([sequence[index] for index in span.tolist()])
+
+    return read
+
+
+def _copy(rows: Any) -> Any:
+    return rows.copy() if isinstance(rows, np.ndarray) and rows.base is not None else rows
+
+
+def _own(x: Any, rows: Any) -> Any:
+    """The rows as an array that may be written into: a copy where a user's class gave a view of its own."""
+    if isinstance(rows, np.ndarray) and (not rows.flags.writeable or rows.base is not None):
+        return rows.copy()
+    return rows
+
+
+class HDF5Rows:
+    """Rows of a node of a PyTables file or of an h5py dataset, in any order and repeated as you like.
+
+    Attributes: `shape`, `dtype`, `ndim`; ``len()``; indexing by an int, a slice, or a 1-D int array gives numpy
+    arrays. Pickled, it is the file's name and the node's; the file is opened again (read only) at the first read.
+    """
+
+    def __init__(self, node: Any, filename: str, path: str, library: str) -> None:
+        self._node, self.filename, self.path, self.library = node, filename, path, library
+        self.shape, self.dtype = tuple(node.shape), node.dtype
+        self._closing: weakref.finalize[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        with HDF5_LOCK, contextlib.suppress(Exception):
+            (self._node._v_file if self.library == "tables" else self._node.file).flush()
+        return {**self.__dict__, "_node": None, "_closing": None}
+
+    def close(self) -> None:
+        """Let the node go, and close the file if it was opened here; the next read opens it again."""
+        self._node = None
+        if self._closing is not None:
+            self._closing()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def _open(self) -> Any:
+        if self._node is None:
+            library = importlib.import_module(self.library)
+            if self.library == "tables":
+                file = library.open_file(self.filename, "r")
+                self._node = file.get_node(self.path)
+            else:
+                file = library.File(self.filename, "r")
+                self._node = file[self.path]
+            self._closing = weakref.finalize(self, file.close)
+        return self._node
+
+    def __getitem__(self, index: Any) -> Any:
+        with HDF5_LOCK:
+            node = self._open()
+            if isinstance(index, np.ndarray) and index.ndim == 1:
+                return self._read(node, index)
+            if isinstance(index, slice) and (index.step or 1) < 0:
+                return self._read(node, np.arange(len(self))[index])
+            return node[index]
+
+    def _read(self, node: Any, index: np.ndarray) -> np.ndarray:
+        if index.dtype == np.bool_:
+            index = np.flatnonzero(index)
+        if not index.size:
+            empty: np.ndarray = node[0:0]
+            return empty
+        index = np.where(index < 0, index + len(self), index)
+        if index.min() < 0 or index.max() >= len(self):
+            raise IndexError(f"indices go from {index.min()} to {index.max()}, but there are {len(self)} rows.")
+        wanted, places = np.unique(index, return_inverse=True)
+        rows = read_sorted(node, wanted, self.shape[1:], self.dtype)
+        return rows if np.array_equal(wanted, index) else rows.take(places, 0)
+
+
+def read_sorted(node: Any, wanted: np.ndarray, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """The rows at `wanted` (ascending, each once), each run of neighbours as one slice."""
+    starts = np.flatnonzero(np.diff(wanted, prepend=wanted[0] - 2) > 1)
+    stops = np.append(starts[1:], len(wanted))
+    if len(starts) == 1:
+        rows: np.ndarray = np.asarray(node[int(wanted[0]) : int(wanted[-1]) + 1])
+        return rows
+    out = np.empty((len(wanted), *row_shape), dtype)
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        out[start:stop] = node[int(wanted[start]) : int(wanted[stop - 1]) + 1]
+    return out

@@ -1,0 +1,558 @@
+"""Slots of shared memory in which batches travel between processes of one host.
+
+A :class:`Segment` is memory that processes share: it has a file descriptor and no name, so there is nothing to collide
+with, nothing to run full but memory itself, and nothing left behind however its processes end. A slot is a segment that
+carries one batch after another. Who prepares batches fills it through a :class:`SlotWriter`: arrays that were made by
+``writer.empty(shape, dtype)`` are in place already, other arrays are copied in. Who uses batches reads them through a
+:class:`SlotArena`, which owns the slots, lends them out with the arrays in them, and gets them back when the last of
+those arrays is gone.
+
+::
+
+    slot (bytes)      0  the lease that this slot is for, 0 when it was called off     unsigned 64-bit
+                      8  the worker that took the lease, 0 while none has              unsigned 64-bit
+                     64  the request, then the arrays, each at a multiple of 64, then the description of the batch
+
+The description is JSON: the tree of tuples, lists and dicts, and dtype, shape and place of each array. Nothing is
+pickled unless both sides pass functions for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import math
+import mmap
+import os
+import socket
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mlqueue.batch.errors import BatchError
+
+__all__ = [
+    "ALIGNMENT",
+    "HEADER_BYTES",
+    "Empty",
+    "Recycler",
+    "Segment",
+    "SlotArena",
+    "SlotWriter",
+    "TransportError",
+    "read_description",
+    "receive_record",
+    "send_record",
+]
+
+#: Arrays begin at multiples of this many bytes: a cache line, and the widest vector register.
+ALIGNMENT = 64
+#: The bytes at the start of a slot that belong to its owner.
+HEADER_BYTES = 64
+#: The size of a new slot, in bytes; it grows to fit what is written into it.
+INITIAL_BYTES = 65536
+
+#: When a slot grows by more than this many bytes, it is asked first whether there is room.
+CHECKED_BYTES = 1 << 24
+
+#: Makes an array of a shape and dtype, with any content, as ``numpy.empty`` does.
+Empty = Callable[[Any, Any], np.ndarray]
+#: Pickles an object with protocol 5, giving its buffers to the second argument.
+Dump = Callable[[Any, Callable[[Any], None]], bytes]
+#: The inverse: the pickle and the buffers.
+Load = Callable[[Any, Sequence[Any]], Any]
+
+#: The kinds of dtype that a dtype string says everything about.
+_PLAIN_KINDS = "biufcmMSU"
+
+
+class TransportError(BatchError):
+    """A batch could not be carried from one process to another."""
+
+
+class Segment:
+    """Growable memory that is shared by passing its file descriptor, `fd`.
+
+    A growth of the file in another process shows here after :meth:`cover`. Arrays over the memory keep the mapping that
+    they were made from alive, also after :meth:`close`.
+    """
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        #: The bytes that are mapped here.
+        self.size = size
+        self.memory = mmap.mmap(fd, size)
+        self._words = memoryview(self.memory)[:HEADER_BYTES].cast("Q")
+
+    @classmethod
+    def create(cls, size: int = INITIAL_BYTES) -> Segment:
+        """A new segment, filled with zeros. Raises TransportError when there is no room for it."""
+        fd = _anonymous_file()
+        try:
+            _allocate(fd, 0, size)
+            return cls(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int) -> Segment:
+        """The segment of another process, whose descriptor came through :func:`receive_record`."""
+        return cls(fd, os.fstat(fd).st_size)
+
+    def grow(self, size: int) -> None:
+        """Make at least `size` bytes usable here. Raises TransportError when there is no room for them."""
+        present = os.fstat(self.fd).st_size
+        if size > present:
+            # A little more than asked for, so that batches of slightly different sizes do not grow it every time.
+            present = _round_up(size + max(size >> 5, INITIAL_BYTES), mmap.PAGESIZE)
+            _allocate(self.fd, os.fstat(self.fd).st_size, present)
+        self._map(present)
+
+    def cover(self, size: int) -> None:
+        """Map at least `size` bytes, to which another process has grown the segment."""
+        if size > self.size:
+            self._map(os.fstat(self.fd).st_size)
+            if size > self.size:
+                raise TransportError(f"a batch ends at byte {size} of a segment of {self.size} bytes.")
+
+    def _map(self, size: int) -> None:
+        if size > self.size:
+            self.memory = mmap.mmap(self.fd, size)
+            self._words = memoryview(self.memory)[:HEADER_BYTES].cast("Q")
+            self.size = size
+
+    def word(self, number: int) -> int:
+        """The 64-bit word at place `number` of the header."""
+        return self._words[number]
+
+    def set_word(self, number: int, value: int) -> None:
+        """Set the 64-bit word at place `number` of the header."""
+        self._words[number] = value
+
+    def as_bytes(self) -> np.ndarray:
+        """The whole of it as a uint8 array, new at every call, which keeps the mapping alive."""
+        return np.frombuffer(self.memory, np.uint8)
+
+    def as_private_bytes(self) -> np.ndarray:
+        """As :meth:`as_bytes`, but what is written to it is seen in this process only."""
+        return np.frombuffer(mmap.mmap(self.fd, self.size, access=mmap.ACCESS_COPY), np.uint8)
+
+    def close(self) -> None:
+        """Close the descriptor. The memory is let go with the last array over it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            self.close()
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("mlqueue-batch", os.MFD_CLOEXEC)
+    # Elsewhere a file without a name: its pages are in the page cache, and shared all the same.
+    with tempfile.TemporaryFile(prefix="mlqueue-batch-") as file:  # type: ignore[unreachable,unused-ignore]
+        return os.dup(file.fileno())
+
+
+def _allocate(fd: int, present: int, size: int) -> None:
+    """Make the file that has `present` bytes one of `size` bytes."""
+    # Now, because a page that cannot be had later is a SIGBUS. The kernel would rather end a process than refuse.
+    room = memory_room() if size - present > CHECKED_BYTES else None
+    if room is not None and size - present > room:
+        raise _no_room(size, f"{room:,} bytes are free")
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, size)  # type: ignore[unreachable,unused-ignore]
+    except OSError as error:
+        raise _no_room(size, str(error.strerror)) from error
+
+
+def _no_room(size: int, reason: str) -> TransportError:
+    return TransportError(
+        f"there is no memory for a slot of {size:,} bytes ({reason}); lower batch_buffer_size or the batch size, or "
+        "give the machine or container more memory."
+    )
+
+
+def memory_room() -> int | None:
+    """How many bytes can be had: of the machine, and of the control group (version 2); None where neither is known."""
+    known = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                known.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    group = Path("/sys/fs/cgroup")
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        known.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, KeyError):
+        pass  # no such group, or no limit ("max")
+    return min(known, default=None)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def send_record(connection: socket.socket, record: bytes, fd: int | None = None) -> None:
+    """Send a record of a length that the other side knows, and a file descriptor with it."""
+    sent = socket.send_fds(connection, [record], [] if fd is None else [fd])
+    if sent < len(record):
+        connection.sendall(record[sent:])
+
+
+def receive_record(connection: socket.socket, length: int) -> tuple[bytes, int | None]:
+    """The next record, and the file descriptor that came with it. Raises EOFError when the other side has ended."""
+    record, fds, _, _ = socket.recv_fds(connection, length, 1)
+    while record and len(record) < length:
+        more = connection.recv(length - len(record))
+        if not more:
+            break
+        record += more
+    if len(record) < length:
+        for fd in fds:
+            os.close(fd)
+        raise EOFError("the other side of the connection has ended.")
+    return record, fds[0] if fds else None
+
+
+class SlotWriter:
+    """Fills a slot with one batch.
+
+    ``begin()`` starts a batch, ``empty(shape, dtype)`` makes arrays in the slot, ``write(batch)`` puts the rest in and
+    describes it.
+    """
+
+    def __init__(self, segment: Segment, dump: Dump | None = None) -> None:
+        self.segment = segment
+        self._dump = dump
+        self._cursor = HEADER_BYTES
+        #: Place and length of each buffer of the last :meth:`write_pickle`.
+        self.last_places: list[tuple[int, int]] = []
+        self._made: list[tuple[int, int, int]] = []  # address, bytes and place of each array that empty() made
+
+    def begin(self, start: int = HEADER_BYTES) -> None:
+        """Start a batch behind the first `start` bytes of the slot, over what was there."""
+        self._cursor = start
+        self._made.clear()
+
+    def empty(self, shape: Any, dtype: Any) -> np.ndarray:
+        """An array of `shape` and `dtype` in the slot, its content undefined; returned arrays need no copy.
+
+        Arrays with Python objects in them cannot be shared: those come from ``numpy.empty``.
+        """
+        dtype = np.dtype(dtype)
+        if dtype.hasobject:
+            return np.empty(shape, dtype)
+        shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        nbytes = dtype.itemsize
+        for length in shape:
+            nbytes *= int(length)
+        place = self._reserve(nbytes)
+        array: np.ndarray = np.ndarray(shape, dtype, self.segment.memory, place)
+        self._made.append((array.__array_interface__["data"][0], nbytes, place))
+        return array
+
+    def write(self, batch: Any) -> tuple[int, int]:
+        """Put `batch` into the slot; gives place and length (bytes) of its description, for :meth:`SlotArena.read`.
+
+        A batch is made of arrays, numbers, texts, None, and tuples, lists and dicts with text keys. Anything else is
+        pickled, or raises TypeError where no `dump` was given.
+        """
+        return self._put(_encode(self._describe(batch)))
+
+    def _reserve(self, nbytes: int) -> int:
+        place = _round_up(self._cursor, ALIGNMENT)
+        if place + nbytes > self.segment.size:
+            self.segment.grow(place + nbytes)
+        self._cursor = place + nbytes
+        return place
+
+    def _describe(self, node: Any) -> tuple[Any, ...]:
+        kind = type(node)
+        if kind is np.ndarray:
+            dtype = _dtype_text(node.dtype)
+            if dtype is not None:
+                return ("a", dtype, node.shape, self._place_of(node))
+        elif kind is tuple or kind is list:
+            return ("t" if kind is tuple else "l", tuple([self._describe(part) for part in node]))
+        elif kind is dict and all(type(name) is str for name in node):
+            return ("d", tuple(node), tuple([self._describe(part) for part in node.values()]))
+        elif node is None or kind in (bool, int, float, str):
+            return ("v", json.dumps(node))
+        elif isinstance(node, np.generic):
+            dtype = _dtype_text(node.dtype)
+            if dtype is not None:
+                return ("s", dtype, self._place_of(np.asarray(node)))
+        return self._pickled(node)
+
+    def _place_of(self, array: np.ndarray) -> int:
+        if self._made and array.flags.c_contiguous:
+            address, nbytes = array.__array_interface__["data"][0], array.nbytes
+            for start, length, place in self._made:
+                if start <= address and address + nbytes <= start + length:
+                    return int(place + address - start)
+        place = self._reserve(array.nbytes)
+        np.copyto(np.ndarray(array.shape, array.dtype, self.segment.memory, place), array)
+        return place
+
+    def _pickled(self, node: Any) -> tuple[Any, ...]:
+        if self._dump is None:
+            raise TypeError(
+                f"a {type(node).__name__} cannot travel in a batch; use arrays, numbers, texts, None, and tuples, "
+                "lists and dicts of them."
+            )
+        buffers: list[Any] = []
+        body = self._dump(node, buffers.append)
+        return ("p", tuple([self._put(content) for content in [body, *(buffer.raw() for buffer in buffers)]]))
+
+    def _put(self, content: Any) -> tuple[int, int]:
+        size = memoryview(content).nbytes
+        place = self._reserve(size)
+        self.segment.memory[place : place + size] = content
+        return place, size
+
+    def write_pickle(self, body: bytes, buffers: Sequence[Any]) -> tuple[int, int]:
+        """As :meth:`write`, for one object that the caller has pickled: its pickle and the buffers beside it."""
+        places = [self._put(content) for content in [body, *buffers]]
+        self.last_places = places[1:]
+        return self._put(_encode(("p", tuple(places))))
+
+
+@lru_cache(maxsize=512)  # a slot has mostly the same arrays at the same places
+def _encode(description: tuple[Any, ...]) -> bytes:
+    return json.dumps(description, separators=(",", ":")).encode()
+
+
+def _dtype_text(dtype: np.dtype[Any]) -> str | None:
+    """A text that says all about a dtype; None when there is none, or when it holds references."""
+    if dtype.kind in _PLAIN_KINDS:
+        return dtype.str if dtype.metadata is None else None
+    if dtype.kind == "V" and not dtype.hasobject and (dtype.names is not None or dtype.type is np.void):
+        return repr(np.lib.format.dtype_to_descr(dtype))
+    return None
+
+
+def _dtype_of(text: str) -> np.dtype[Any]:
+    if text[0] in "[('\"":
+        return np.lib.format.descr_to_dtype(ast.literal_eval(text))  # type: ignore[no-any-return,unused-ignore]
+    return np.dtype(text)
+
+
+#: Makes a batch of the whole slot (uint8), and of the buffers of pickles that `load` takes.
+Plan = Callable[[np.ndarray, "Load | None"], Any]
+
+
+def read_description(whole: np.ndarray, place: int, length: int) -> Plan:
+    """How to make the batch that :meth:`SlotWriter.write` described at `place` of the slot `whole` (uint8)."""
+    return _plan(whole[place : place + length].tobytes())
+
+
+@lru_cache(maxsize=512)  # most batches have the description of one before
+def _plan(description: bytes) -> Plan:
+    return _compile(json.loads(description))
+
+
+def _compile(node: list[Any]) -> Plan:
+    kind, *rest = node
+    match kind:
+        case "a":
+            dtype, shape, place = _dtype_of(rest[0]), tuple(rest[1]), rest[2]
+            return lambda slot, load: np.ndarray(shape, dtype, slot, place)
+        case "s":
+            scalar, where = _dtype_of(rest[0]), rest[1]
+            return lambda slot, load: np.ndarray((), scalar, slot, where)[()]
+        case "t":
+            parts = [_compile(part) for part in rest[0]]
+            return lambda slot, load: tuple([part(slot, load) for part in parts])
+        case "l":
+            items = [_compile(part) for part in rest[0]]
+            return lambda slot, load: [item(slot, load) for item in items]
+        case "d":
+            names, values = rest[0], [_compile(part) for part in rest[1]]
+            return lambda slot, load: {name: value(slot, load) for name, value in zip(names, values, strict=True)}
+        case "v":
+            value = json.loads(rest[0])
+            return lambda slot, load: value
+        case _:
+            return lambda slot, load: _unpickle(slot, load, rest[0])
+
+
+def _unpickle(slot: np.ndarray, load: Load | None, places: list[list[int]]) -> Any:
+    if load is None:
+        raise TransportError("the batch holds a pickle, and this side reads none.")
+    body, *buffers = [slot[place : place + size] for place, size in places]
+    return load(body, buffers)
+
+
+class SlotArena:
+    """The slots of whoever uses the batches: a free list, and those that are lent.
+
+    `take` gives a slot to be filled. When it is filled, `read` gives the batch in one of three ways:
+
+    * ``"lend"``: the arrays lie in the slot and are the caller's own, writable and valid as long as they live. The slot
+      comes back by itself when the last of them is gone. No byte is copied.
+    * ``"copy"``: the arrays are copies; the slot is free at once.
+    * ``"view"``: the arrays lie in the slot, cannot be written, and are valid until the caller says `release`.
+    """
+
+    def __init__(self, announce: Callable[[int, Segment], None], *, most_lent: int = 4, small: int = 65536) -> None:
+        #: Called with number and segment of every new slot, so that those who fill it can be told.
+        self._announce = announce
+        #: While this many slots are lent, further batches are copied.
+        self.most_lent = most_lent
+        #: Batches of fewer bytes than this are copied, which is cheaper than keeping count.
+        self.small = small
+        self.slots: dict[int, Segment] = {}
+        self._free: list[int] = []
+        self._lent: dict[int, weakref.ref[np.ndarray]] = {}
+        # Filled by callbacks of the garbage collector, in any thread and at any moment: it needs no lock.
+        self._returned: deque[int] = deque()
+        self._last = -1
+
+    @property
+    def lent(self) -> int:
+        """How many slots are lent out with the arrays in them."""
+        self._collect()
+        return len(self._lent)
+
+    @property
+    def busy(self) -> int:
+        """How many slots are neither free nor lent: they are being filled, or wait to be read."""
+        self._collect()
+        return len(self.slots) - len(self._free) - len(self._lent)
+
+    @property
+    def free(self) -> int:
+        """How many slots can be taken without making one."""
+        self._collect()
+        return len(self._free)
+
+    def take(self) -> tuple[int, Segment]:
+        """Number and segment of a free slot; a new one when none is free."""
+        self._collect()
+        if self._free:
+            # The one that was used last, because it is most likely in the processor's cache.
+            number = self._free.pop()
+        else:
+            self._last += 1
+            number = self._last
+            self.slots[number] = Segment.create()
+            self._announce(number, self.slots[number])
+        return number, self.slots[number]
+
+    def release(self, number: int) -> None:
+        """Put a slot back on the free list."""
+        if number in self.slots:
+            self._free.append(number)
+
+    def discard(self, number: int) -> None:
+        """Forget a slot that somebody may still write to."""
+        self.slots.pop(number).close()
+
+    def read(
+        self, number: int, place: int, length: int, how: Literal["lend", "copy", "view"], load: Load | None = None
+    ) -> Any:
+        """The batch in slot `number`, whose description lies at `place`; see the class for `how`.
+
+        After ``"lend"`` and ``"copy"`` the slot takes care of itself.
+        """
+        segment = self.slots[number]
+        segment.cover(place + length)
+        whole = segment.as_bytes()
+        plan = read_description(whole, place, length)
+        if how == "view":
+            whole.flags.writeable = False
+            return plan(whole, load)
+        if how == "lend" and place >= self.small and self.lent < self.most_lent:
+            give_back = self._returned.append  # not self: the arena may go before the arrays do
+            self._lent[number] = weakref.ref(whole, lambda _: give_back(number))
+            return plan(whole, load)
+        try:
+            return _owned(plan(whole, None if load is None else lambda body, buffers: load(body, _owned(buffers))))
+        finally:
+            self.release(number)
+
+    def _collect(self) -> None:
+        while self._returned:
+            number = self._returned.popleft()
+            if self._lent.pop(number, None) is not None:
+                self.release(number)
+
+    def close(self) -> None:
+        """Let go of all slots. Arrays that are lent stay valid."""
+        for segment in self.slots.values():
+            segment.close()
+        self.slots.clear()
+        self._free.clear()
+        self._lent.clear()
+
+
+def _owned(node: Any) -> Any:
+    """The same batch, with copies of the arrays."""
+    kind = type(node)
+    if kind is np.ndarray:
+        return node.copy()
+    if kind is tuple or kind is list:
+        return kind([_owned(part) for part in node])
+    if kind is dict:
+        return {name: _owned(part) for name, part in node.items()}
+    return node
+
+
+class Recycler:
+    """Memory of this process for batches, used again when the last array over it is gone.
+
+    Fresh memory costs a page fault for every 4 kB, which for large batches takes longer than filling them.
+    """
+
+    def __init__(self, most_free: int = 32) -> None:
+        #: How many blocks are kept while nobody uses them.
+        self.most_free = most_free
+        self._free: deque[np.ndarray] = deque(maxlen=most_free)
+        self._in_use: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
+        self._number = itertools.count()
+
+    def empty(self, shape: Any, dtype: Any) -> np.ndarray:
+        """An array of `shape` and `dtype` with any content, like ``numpy.empty``. May be called by any thread."""
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else 0
+        if nbytes < INITIAL_BYTES or dtype.hasobject:
+            return np.empty(shape, dtype)
+        block = self._take(nbytes)
+        # What is watched: all arrays made of it keep it alive. (Of a mere view of the block they would keep the block.)
+        whole = np.frombuffer(block.data, np.uint8, nbytes)
+        number = next(self._number)
+        self._in_use[number] = weakref.ref(whole, lambda _: self._give_back(number)), block
+        array: np.ndarray = whole.view(dtype).reshape(shape)
+        return array
+
+    def _take(self, nbytes: int) -> np.ndarray:
+        for _ in range(len(self._free)):
+            try:
+                block = self._free.pop()
+            except IndexError:
+                break
+            if nbytes <= len(block) <= 2 * nbytes:
+                return block
+            self._free.appendleft(block)
+        return np.empty(nbytes, np.uint8)
+
+    def _give_back(self, number: int) -> None:
+        _, block = self._in_use.pop(number)
+        self._free.append(block)

@@ -1,0 +1,397 @@
+"""Pools of workers that prepare mini-batches, or do other work, in parallel.
+
+::
+
+    with WorkerThreadPool(2) as pool:
+        ds = pool.parallel_data_source(ArrayDataSource([images, labels]).map(augment))
+        for x, y in ds.batch_iterator(64, shuffle=12345):
+            ...
+
+Which pool: :class:`WorkerThreadPool` where the time is spent in code that lets go of Python's global lock (numpy,
+Pillow, reading files), :class:`WorkerProcessPool` where it is spent in Python itself. Both give the batches that the
+source itself gives, in its order: the indices are drawn by the process that iterates, the workers only gather.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import numpy as np
+
+from mlqueue.batch.crew import BatchCall, Call, Crew, ThreadCrew
+from mlqueue.batch.data_source import AbstractDataSource, need_random_access, noise_entropy, state_of
+from mlqueue.batch.iteration import BatchIterator
+from mlqueue.batch.order import as_shuffle
+from mlqueue.batch.pool_worker import is_pure
+from mlqueue.batch.process_crew import ProcessCrew, SharedConstant, WorkerDied, WorkerError
+
+__all__ = [
+    "AbstractWorkerPool",
+    "ParallelDataSource",
+    "ParallelIterator",
+    "SharedConstant",
+    "WorkStream",
+    "WorkerDied",
+    "WorkerError",
+    "WorkerProcessPool",
+    "WorkerThreadPool",
+]
+
+#: Small batches of plain arrays are gathered together, up to about so many bytes, and parted when they are given.
+GROUP_BYTES = 1 << 20
+#: Every so many batches the place of the index iterator is noted, so that a state can be made for any batch.
+ANCHOR_EVERY = 128
+
+T = TypeVar("T", Call, BatchCall)
+
+
+class AbstractWorkerPool:
+    """What both pools have in common. A pool is a context manager; it ends its workers when closed or dropped."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+
+    def shared_constant(self, x: Any) -> Any:
+        """A stand-in for `x` among the arguments of tasks: `x` is then sent to every worker once, not with each task.
+
+        With threads it is `x`. With processes it is a :class:`SharedConstant`: the workers get `x` as it was when this
+        was called, and numpy arrays in it lie in memory that all of them share.
+        """
+        return self._crew.share(x)
+
+    def work_stream(self, task_generator: Iterable[Any], task_buffer_size: int = 20) -> WorkStream:
+        """Do the tasks of an iterable in parallel; see :class:`WorkStream`."""
+        return WorkStream(self._crew, task_generator, task_buffer_size)
+
+    def parallel_data_source(
+        self, ds: AbstractDataSource, batch_buffer_size: int = 20, *, copy: bool = True
+    ) -> ParallelDataSource:
+        """A data source whose batches are those of `ds`, prepared by the workers; see :class:`ParallelDataSource`."""
+        return ParallelDataSource(ds, batch_buffer_size, self, copy=copy)
+
+    def close(self) -> None:
+        """End the workers and what they do; nothing of the pool is left afterwards. Batches that were given stay."""
+        self._crew.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class WorkerThreadPool(AbstractWorkerPool):
+    """A pool of threads. `processes`: their number, at least 1 (named as in the other pool)."""
+
+    def __init__(self, processes: int = 1) -> None:
+        super().__init__(ThreadCrew(at_least_one(processes, "processes")))
+
+
+class WorkerProcessPool(AbstractWorkerPool):
+    """A pool of processes. `processes`: their number, at least 1.
+
+    The processes are started afresh, so a pool may be made in a program with threads, and a script needs no
+    ``if __name__ == "__main__"``. Functions and classes of the main script, lambdas and closures are sent by value.
+    Batches come back in memory that is shared, without being pickled. A process that dies is replaced and its batches
+    are prepared again; a batch whose process dies three times raises :class:`WorkerDied`. Needs joblib.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        super().__init__(ProcessCrew(at_least_one(processes, "processes")))
+
+
+class Window(Generic[T]):
+    """Work of an iterator, given out up to `size` pieces ahead, and its results in order."""
+
+    def __init__(self, crew: Crew, work: Iterator[T], size: int, how: Literal["lend", "view"] = "lend") -> None:
+        self._crew, self._size, self._how = crew, size, how
+        self._work: Iterator[T] = work
+        self._leases: deque[Any] = deque()
+        self._seen: Any = None  # the lease whose result is in use as a view
+        self._failure: BaseException | None = None
+        self._ended = False
+        self._fill()
+
+    def _fill(self) -> None:
+        while not self._ended and len(self._leases) < self._size:
+            try:
+                work = next(self._work)
+            except StopIteration:
+                self._ended = True
+            except BaseException as error:  # noqa: BLE001 - raised when the results before it have been taken
+                self._failure, self._ended = error, True
+            else:
+                self._leases.append(self._crew.submit(work))
+
+    def take(self) -> Any:
+        """The next result, or StopIteration. After an exception of one piece of work, the next call goes on."""
+        if self._seen is not None:
+            self._crew.release(self._seen)
+            self._seen = None
+        if not self._leases:
+            failure, self._failure = self._failure, None
+            raise StopIteration if failure is None else failure
+        lease = self._leases[0]
+        try:
+            result = self._crew.result(lease, self._how)
+        except KeyboardInterrupt:
+            raise  # it was the waiting that was interrupted, not the work
+        except BaseException:
+            self._leases.popleft()
+            self._fill()
+            raise
+        self._leases.popleft()
+        if self._how == "view":
+            self._seen = lease
+        self._fill()
+        return result
+
+    def close(self) -> None:
+        """End the work that has been given out."""
+        self._ended = True
+        leases = [*self._leases] if self._seen is None else [*self._leases, self._seen]
+        self._leases.clear()
+        self._seen = self._failure = None
+        self._crew.abandon(leases)
+
+
+class WorkStream(Iterator[Any]):
+    """The results of tasks that a pool does in parallel, in the order of the tasks.
+
+    A task is a tuple ``(function,)``, ``(function, args)`` or ``(function, args, kwargs)``. Up to `task_buffer_size`
+    tasks (at least 1) are under way or done and not yet taken. An exception in a task is raised where its result would
+    have been given; the next call goes on with the task after it.
+    """
+
+    def __init__(self, crew: Crew, task_generator: Iterable[Any], task_buffer_size: int = 20) -> None:
+        size = at_least_one(task_buffer_size, "task_buffer_size")
+        self._window = Window(crew, map(as_call, task_generator), size)
+
+    def __next__(self) -> Any:
+        return self._window.take()
+
+    def retrieve(self) -> Any:
+        """The next result; waits for it. None when there is none left (iterate, to tell that from a result None)."""
+        return next(self, None)
+
+    def retrieve_iter(self) -> Iterator[Any]:
+        """An iterator over the results that are left: this stream itself."""
+        return self
+
+    def close(self) -> None:
+        """End the work: tasks that have not begun do not begin."""
+        self._window.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_window"):
+            self._window.close()
+
+
+class ParallelDataSource(AbstractDataSource):
+    """The batches of a data source, prepared by the workers of a pool, in the source's own order.
+
+    `ds`: a source with access by index (else TypeError). `batch_buffer_size`: how many batches are prepared ahead, at
+    least 1. `pool`: one of the pools. `copy`: batches are arrays of your own, to write into and to keep; from
+    processes, ``copy=False`` gives arrays that cannot be written and are valid until the next batch.
+
+    A pool of processes sees the source as it is when :meth:`batch_iterator` is called.
+    """
+
+    def __init__(
+        self, ds: AbstractDataSource, batch_buffer_size: int, pool: AbstractWorkerPool, *, copy: bool = True
+    ) -> None:
+        if not isinstance(ds, AbstractDataSource):
+            raise TypeError(f"ds must be a data source, got a {type(ds).__name__}; coerce_data_source() makes one.")
+        need_random_access(ds)
+        self.ds, self.pool, self.copy = ds, pool, copy
+        self.batch_buffer_size = at_least_one(batch_buffer_size, "batch_buffer_size")
+        self._shared: Any = None
+
+    def num_samples(self, **kwargs: Any) -> float | int | None:
+        return self.ds.num_samples(**kwargs)
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        return self.ds.num_batches(batch_size, **kwargs)
+
+    def batch_iterator(self, batch_size: int, **kwargs: Any) -> ParallelIterator:
+        """An iterator over the batches that ``ds.batch_iterator(batch_size, **kwargs)`` would give.
+
+        The first batches are being prepared when this returns.
+        """
+        self._shared = self.pool._crew.share(self.ds, self._shared)
+        return ParallelIterator(self, batch_size, kwargs)
+
+    def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ParallelDataSource:
+        """One part of every epoch, prepared by the same pool; see ``RandomAccessDataSource.shard``."""
+        part = self.ds.shard(rank, world_size, drop_last, pad)  # type: ignore[attr-defined]
+        return ParallelDataSource(part, self.batch_buffer_size, self.pool, copy=self.copy)
+
+
+class ParallelIterator(BatchIterator):
+    """The iterator of a :class:`ParallelDataSource`.
+
+    Its states are those of the source's own iterator, so either can be resumed from the other's. After an exception in
+    one batch, ``next`` goes on with the batch after it. Closed or dropped, its work ends.
+    """
+
+    def __init__(self, source: ParallelDataSource, batch_size: int, kwargs: dict[str, Any]) -> None:
+        self._source, self._batch_size, self._kwargs = source, batch_size, kwargs
+        self._shared = source._shared
+        self._shuffle = as_shuffle(kwargs.get("shuffle"))
+        self._stream = noise_entropy(self._shuffle), int(kwargs.get("epoch", 0))
+        self._closed = False
+        self._start(self._make_indices(), 0)
+
+    def _make_indices(self) -> Any:
+        return self._source.ds.batch_indices_iterator(self._batch_size, **self._kwargs)  # type: ignore[attr-defined]
+
+    def _start(self, indices: Any, number: int) -> None:
+        self._indices = indices
+        self._drawn = self._given = number
+        self._parts: deque[Any] = deque()  # batches of a group that are to be given
+        self._sizes: deque[list[int]] = deque()  # of the groups under way: the numbers of samples
+        self._anchors: deque[tuple[int, Any]] = deque()  # number of a batch, state of the indices before it
+        how: Literal["lend", "view"] = "lend" if self._source.copy else "view"
+        crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
+        self._empty = crew.empty
+        self._group = group_size(self._source.ds, self._batch_size, ahead // (2 * crew.workers))
+        self._window = Window(crew, self._calls(), ahead // self._group, how)
+
+    def _calls(self) -> Iterator[BatchCall]:
+        failure: BaseException | None = None
+        while failure is None:
+            indices: list[Any] = []
+            try:
+                while len(indices) < self._group:
+                    indices.append(self._draw())
+            except BaseException as error:  # noqa: BLE001 - raised behind what was drawn before
+                failure = error
+            if indices:
+                joined = indices[0] if len(indices) == 1 else np.concatenate(indices)
+                self._sizes.append([0] if self._group == 1 else [len(part) for part in indices])
+                yield BatchCall(self._shared, joined, (*self._stream, self._drawn - len(indices)), self._empty)
+        if not isinstance(failure, StopIteration):
+            raise failure
+
+    def _draw(self) -> Any:
+        if not self._anchors or self._drawn - self._anchors[-1][0] >= ANCHOR_EVERY:
+            save = getattr(self._indices, "state_dict", None)
+            self._anchors.append((self._drawn, None if save is None else quiet_state(save)))
+        index_batch = next(self._indices)
+        self._drawn += 1
+        return index_batch
+
+    def __next__(self) -> Any:
+        if self._closed:
+            raise StopIteration
+        if not self._parts:
+            self._parts.extend(self._take())
+        self._given += 1
+        return self._parts.popleft()
+
+    def _take(self) -> list[Any]:
+        try:
+            batch = self._window.take()
+        except (StopIteration, KeyboardInterrupt):
+            raise
+        except BaseException:
+            if self._sizes:  # else it was the indices that could not be drawn
+                self._given += len(self._sizes.popleft())
+            raise
+        sizes = self._sizes.popleft()
+        return [batch] if self._group == 1 else part_batch(batch, sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        while len(self._anchors) > 1 and self._anchors[1][0] <= self._given:
+            self._anchors.popleft()
+        number, anchor = self._anchors[0]
+        if anchor is None:
+            state_of(self._indices)  # raises, saying what is missing
+        state = self._state_after(anchor, self._given - number)
+        return {**state, "pool": {"stream": list(self._stream), "number": self._given}}
+
+    def _state_after(self, anchor: Any, skipped: int) -> dict[str, Any]:
+        """The state of the indices so many batches behind an anchor: drawn again, with the generator put back after."""
+        before = None if self._shuffle is None else self._shuffle.get_state()
+        try:
+            indices = self._make_indices()
+            indices.load_state_dict(anchor)
+            for _ in range(skipped):
+                next(indices)
+            state: dict[str, Any] = indices.state_dict()
+            return state
+        finally:
+            if self._shuffle is not None:
+                self._shuffle.set_state(before)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        indices = self._make_indices()
+        indices.load_state_dict({name: value for name, value in state.items() if name != "pool"})
+        self._window.close()
+        own = state.get("pool")
+        if own is not None:
+            self._stream = own["stream"][0], own["stream"][1]
+        self._start(indices, 0 if own is None else own["number"])
+
+    def close(self) -> None:
+        """End the iteration, and the work for it: batches that have not been begun are not begun."""
+        self._closed = True
+        self._window.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_window"):
+            self._window.close()
+
+
+def group_size(ds: AbstractDataSource, batch_size: int, most: int) -> int:
+    """How many batches of a source are best gathered at once: several where they are small and nothing else is done."""
+    if most < 2 or not is_pure(ds):
+        return 1
+    arrays = ds.data.values() if isinstance(ds.data, Mapping) else ds.data  # type: ignore[attr-defined]
+    sample_bytes = sum(array.nbytes // max(1, len(array)) for array in arrays)
+    fitting: int = GROUP_BYTES // max(1, sample_bytes * batch_size)
+    return max(1, min(most, fitting))
+
+
+def part_batch(batch: Any, sizes: list[int]) -> list[Any]:
+    """The batches of these numbers of samples that were gathered as one tuple or dict of arrays."""
+    ends = list(accumulate(sizes))
+    spans = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    if isinstance(batch, dict):
+        return [{name: array[span] for name, array in batch.items()} for span in spans]
+    return [tuple([array[span] for array in batch]) for span in spans]
+
+
+def quiet_state(save: Callable[[], Any]) -> Any:
+    """A state, or None where there is none to save, which matters only if one is asked for."""
+    try:
+        return save()
+    except Exception:  # noqa: BLE001 - asked for again, and raised, by state_dict()
+        return None
+
+
+def as_call(task: Any) -> Call:
+    """The work of a task tuple."""
+    if not isinstance(task, tuple) or not 1 <= len(task) <= 3 or not callable(task[0]):
+        raise TypeError(
+            f"a task is a tuple (function,), (function, args) or (function, args, kwargs), got {task!r:.200}."
+        )
+    return Call(*task)
+
+
+def at_least_one(value: Any, name: str) -> int:
+    """The value, if it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value
