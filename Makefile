@@ -18,7 +18,7 @@ faults: $(READY)
 	"$(BIN)/python" -m pytest -q -s -m "faults and not faults_long"
 
 faults-long: $(READY)
-	MLQUEUE_TEST_LONG=1 "$(BIN)/python" -m pytest -q -s -m "faults or faults_long"
+	FAULTS_LONG=1 "$(BIN)/python" -m pytest -q -s -m "faults or faults_long"
 
 lint: $(READY)
 	"$(BIN)/ruff" check .

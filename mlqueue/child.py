@@ -222,6 +222,7 @@ class Child:
                 return "drain"
             # The broker counts its threads when it fetches, which may be a while.
             if broker.broken.is_set() or not all(thread.is_alive() for thread in worker.workers):
+                broker.broken.set()
                 return "broken"
             if self.order.only_alone and now > idle_since + IDLE_LIMIT:
                 return "idle"

@@ -310,13 +310,15 @@ class Pump:
             self._condition.notify_all()
         self.wake()
 
-    def end(self) -> None:
-        """The worker has stopped: forgets it, and what it still runs goes back without a strike."""
+    def end(self, *, broken: bool = False) -> None:
+        """The worker has stopped: forgets it, and what it still runs goes back without a strike. With a strike when it
+        is `broken`: some of these jobs have killed their threads, and would go on killing."""
         self._ended = True
         self.commit()
         if self._started:
+            reason, why = ("crash", "a thread of its worker died") if broken else ("drain", "the worker was stopped")
             try:
-                self.store.release(self.worker, "drain", "the worker was stopped")
+                self.store.release(self.worker, reason, why)
             except StoreError as error:
                 logger.warning("worker %s could not be released; its lease will end by itself: %s", self.worker, error)
         self._hang_up()

@@ -369,6 +369,14 @@ class Settings:
     max_result_bytes: int = field(
         default=512 * _MIB, metadata=_about("How large a result may be, encoded.", _Size(_KIB, 64 * _GIB))
     )
+    data_home: Path | None = field(
+        default=None,
+        metadata=_about(
+            "The folder of the data sets of mlqueue.batch, which reads it by itself.",
+            _Path(),
+            none="where BatchUp kept its own, else the user's cache folder",
+        ),
+    )
     log_level: str = field(
         default="INFO",
         metadata=_about(

@@ -449,7 +449,7 @@ class Supervisor:
     def _release(self, child: _Child, how: str) -> None:
         if self._beater is None or not child.known:
             return
-        reason = "drain" if child.killed or child.bye is not None else "crash"
+        reason = "drain" if child.killed or child.bye not in (None, "broken") else "crash"
         self._beater.release(child.worker, reason, how, functools.partial(self._on_released, child.name))
 
     def _on_released(self, name: str, outcomes: dict[str, str]) -> None:

@@ -42,6 +42,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
     "worker": Entry("worker", "Run worker processes."),
     "server": Entry("server", "Run the embedded server of this folder."),
+    "datasets": Entry("mlqueue.batch.cli", "Data sets: list, fetch, locate and remove them."),
     "settings": Entry("settings", "Show all settings and where each is from."),
 }
 
@@ -58,7 +59,8 @@ class Group(click.Group):
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
-        command: click.Command = getattr(importlib.import_module(f".{entry.module}", __package__), cmd_name)
+        name = entry.module if "." in entry.module else f"{__package__}.{entry.module}"
+        command: click.Command = getattr(importlib.import_module(name), cmd_name)
         return command
 
     def resolve_command(

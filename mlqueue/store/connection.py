@@ -38,6 +38,9 @@ PASSING: Final = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.Re
 #: Replies that pass by themselves: a restart that loads its data, a fail-over, a script in progress.
 PASSING_PREFIXES: Final = ("LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "READONLY", "UNBLOCKED")
 
+#: How answers begin that refuse the user: as a whole, one of his commands, one of those in a script.
+REFUSED_PREFIXES: Final = ("NOAUTH", "WRONGPASS", "NOPERM", "ACL failure")
+
 #: What is said in a server's answer when it has no room for more.
 FULL_PREFIXES: Final = ("OOM", "MISCONF", "command not allowed when used memory")
 
@@ -210,10 +213,10 @@ def translate(error: Exception, where: str) -> StoreError:
     text = str(error)
     if any(prefix in text for prefix in FULL_PREFIXES):
         return StoreFull(f"{StoreFull.__doc__} ({where}: {text})")
-    if isinstance(error, redis.AuthenticationError) or text.startswith(("NOAUTH", "WRONGPASS", "NOPERM")):
+    if isinstance(error, redis.AuthenticationError) or text.startswith(REFUSED_PREFIXES):
         return StoreError(
             f"{where} refused us: {text}. Check user and password in MLQUEUE_URL, and that the user may run scripts "
-            "(+@scripting +@write +@read +@blocking +@connection on keys mlq:*)."
+            "(+@scripting +@write +@read +@blocking +@connection +time on keys mlq:*)."
         )
     if isinstance(error, PASSING) or text.startswith(PASSING_PREFIXES):
         return StoreUnavailable(
