@@ -18,32 +18,36 @@
 
 from __future__ import annotations
 
-from .app import MLQ, Actor, instances
-from .current import CurrentJob, current_job
-from .delivery import HandBack, Retry
-from .errors import (
-    DecodeError,
-    EmbeddedError,
-    EncodeError,
-    InvalidJob,
-    InvalidTransition,
-    JobCancelled,
-    JobFailed,
-    JobNotFound,
-    MissingDependency,
-    MLQueueError,
-    NoCurrentJob,
-    ResultMissing,
-    ResultTimeout,
-    SettingsError,
-    StaleAttempt,
-    StoreError,
-    StoreFull,
-    StoreUnavailable,
-)
-from .handle import Job, JobEvent
-from .job import DeadReason, JobRecord, Result, State
-from .settings import Settings
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .app import MLQ, Actor, instances
+    from .current import CurrentJob, current_job
+    from .delivery import HandBack, Retry
+    from .errors import (
+        DecodeError,
+        EmbeddedError,
+        EncodeError,
+        InvalidJob,
+        InvalidTransition,
+        JobCancelled,
+        JobFailed,
+        JobNotFound,
+        MissingDependency,
+        MLQueueError,
+        NoCurrentJob,
+        ResultMissing,
+        ResultTimeout,
+        SettingsError,
+        StaleAttempt,
+        StoreError,
+        StoreFull,
+        StoreUnavailable,
+    )
+    from .handle import Job, JobEvent
+    from .job import DeadReason, JobRecord, Result, State
+    from .settings import Settings
 
 __version__ = "0.1.0"
 
@@ -81,3 +85,65 @@ __all__ = [
     "current_job",
     "instances",
 ]
+
+#: Where each public name lives. A name is imported when it is first used, so that `mlqueue.batch` needs no more than
+#: NumPy, and a command no more than what it does.
+_HOMES = {
+    "app": (
+        "MLQ",
+        "Actor",
+        "instances",
+    ),
+    "current": (
+        "CurrentJob",
+        "current_job",
+    ),
+    "delivery": (
+        "HandBack",
+        "Retry",
+    ),
+    "errors": (
+        "DecodeError",
+        "EmbeddedError",
+        "EncodeError",
+        "InvalidJob",
+        "InvalidTransition",
+        "JobCancelled",
+        "JobFailed",
+        "JobNotFound",
+        "MissingDependency",
+        "MLQueueError",
+        "NoCurrentJob",
+        "ResultMissing",
+        "ResultTimeout",
+        "SettingsError",
+        "StaleAttempt",
+        "StoreError",
+        "StoreFull",
+        "StoreUnavailable",
+    ),
+    "handle": (
+        "Job",
+        "JobEvent",
+    ),
+    "job": (
+        "DeadReason",
+        "JobRecord",
+        "Result",
+        "State",
+    ),
+    "settings": ("Settings",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{home}", __name__), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

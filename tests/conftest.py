@@ -94,7 +94,14 @@ def children() -> set[int]:
     for task in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):
             found.update(int(pid) for pid in task.read_text().split())
-    return found
+    return {pid for pid in found if not is_resource_tracker(pid)}
+
+
+def is_resource_tracker(pid: int) -> bool:
+    """Whether a process is multiprocessing's own, which it starts once and keeps until the program ends."""
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def sockets() -> set[str]:
