@@ -348,6 +348,8 @@ class StoreBroker(Broker):
     def _before_worker_shutdown(self, worker: dramatiq.Worker) -> None:
         if self.pump is not None:
             self.pump.stop_fetching()
+            if isinstance(self.pump.crew, _Threads):
+                self.pump.crew.booted = False
         queue = worker.work_queue
         if isinstance(queue, WorkQueue):
             queue.stop(worker.worker_threads)
@@ -361,7 +363,7 @@ class StoreBroker(Broker):
             self._helper.stop()
             self._helper = None
         if pump is not None:
-            pump.end()
+            pump.end(broken=self.broken.is_set())
 
     @property
     def stopping(self) -> bool:
@@ -415,7 +417,7 @@ class _Threads:
     def __init__(self, worker: dramatiq.Worker, broken: threading.Event) -> None:
         self.worker = worker
         self.broken = broken
-        #: Whether all threads have been made.
+        #: Whether all threads have been made, and none has been told to end.
         self.booted = False
         self._alive = worker.worker_threads
         self._counted_at = 0.0

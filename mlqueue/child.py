@@ -180,8 +180,11 @@ class Child:
         logger.critical("the supervisor is gone; this process ends")
         try:
             if self.app is not None:
+                # Else it would fetch, as long as it lives, the jobs that it gives back.
+                if self.app.broker.pump is not None:
+                    self.app.broker.pump.stop_fetching()
                 self.app.store.release(self.order.worker, "stall", "the supervisor of its worker was lost")
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             logger.error("the jobs could not be given back; they will be when the lease ends: %s", error)
         finally:
             os._exit(1)

@@ -20,14 +20,16 @@ from typing import Any
 import numpy as np
 
 import mlqueue
+from mlqueue import codec
 
 from . import mlq, predict_digits, train_digits
 from .data import load_digits
+from .training import model_key
 
 EPOCHS = 50
 
 #: The share of epochs after which the worker is killed.
-KILL_AT = 0.4
+KILL_AT = 0.5
 
 #: What the training must reach, and how long the whole may take, in seconds.
 ACCURACY = 0.95
@@ -44,11 +46,16 @@ def main() -> int:
     """Runs the demo; its exit status."""
     begun = time.monotonic()
     try:
-        with workers():
+        with store(), workers():
             train_and_predict(begun + LIMIT)
     except (Failed, mlqueue.MLQueueError) as error:
+        end_line()
         say(f"FAILED: {error}")
         return 1
+    except KeyboardInterrupt:
+        end_line()
+        say("FAILED: interrupted")
+        return 130
     say(f"all of it happened, in {time.monotonic() - begun:.0f} s")
     return 0
 
@@ -58,7 +65,9 @@ def train_and_predict(deadline: float) -> None:
     step("submit", f"a training over {EPOCHS} epochs on {len(load_digits().train_images):,} images of digits")
     job = train_digits.submit(epochs=EPOCHS)
     say(f"   job {job.id} in {mlq.store.connector.where}")
-    killed_at = follow(job, deadline)
+    with cancelled_unless_done(job):
+        killed_at = follow(job, deadline)
+    check_history(job, killed_at)
     record = job.record
     check(record.state is mlqueue.State.SUCCEEDED, f"the job is {record.state}: {record.error}")
     check(
@@ -94,6 +103,30 @@ def follow(job: mlqueue.Job[Any], deadline: float) -> int:
     check(worker_of(job)["pid"] != killed[0], "the job ended in the process that was killed")
     say(f"   resumed from its checkpoint in process {worker_of(job)['pid']}")
     return killed[1]
+
+
+def check_history(job: mlqueue.Job[Any], killed_at: int) -> None:
+    """Every epoch was trained once: those before the kill by attempt 1, those behind the checkpoint by attempt 2."""
+    data = mlq.store.get_data(model_key(job.id))
+    check(data is not None, "the training has kept no model")
+    history = codec.decode(data or b"")["history"]
+    check([entry["epoch"] for entry in history] == list(range(1, EPOCHS + 1)), "epochs were left out or trained twice")
+    attempts = [entry["attempt"] for entry in history]
+    first = attempts.count(1)
+    check(attempts == [1] * first + [2] * (EPOCHS - first), f"the epochs were trained by attempts {attempts}")
+    check(killed_at <= first < EPOCHS, f"attempt 1 trained {first} epochs, but had reported {killed_at}")
+    say(f"   epochs 1 to {first} by attempt 1, {first + 1} to {EPOCHS} by attempt 2, none twice")
+
+
+@contextlib.contextmanager
+def cancelled_unless_done(job: mlqueue.Job[Any]) -> Iterator[None]:
+    """Cancels the job when something goes wrong within the block, so that no later worker finds it."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(mlqueue.MLQueueError):
+            job.cancel()
+        raise
 
 
 def epoch_of(event: mlqueue.JobEvent) -> int:
@@ -134,10 +167,27 @@ def predict(model: str) -> None:
 
 
 @contextlib.contextmanager
+def store() -> Iterator[None]:
+    """The store, whichever it is; an embedded server that was started for the demo ends with it."""
+    embedded = mlq.store.connector.embedded
+    started = embedded is not None and embedded.status() is None
+    try:
+        yield
+    finally:
+        mlq.close()
+        if embedded is not None and started:
+            status = embedded.status()
+            if status is not None and not status.clients:
+                embedded.stop()
+
+
+@contextlib.contextmanager
 def workers() -> Iterator[None]:
     """`mlqueue worker tasks` with two processes, as a user would start it, until the end of the block."""
     command = [sys.executable, "-m", "mlqueue", "worker", "tasks", "--processes", "2", "--threads", "2"]
     step("workers", "mlqueue worker tasks --processes 2 --threads 2")
+    others = {worker.id for worker in mlq.store.workers()}
+    check(not others, f"{len(others)} workers of {mlq!r} are alive already: stop them, they would take the job")
     OUT.mkdir(exist_ok=True)
     with (OUT / "worker.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -8,12 +8,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import dramatiq
-import dramatiq.broker
 import pytest
+from support import StartWorker, children, fresh_app
 
 from mlqueue import MLQ, Settings
 from mlqueue.testing import temporary_server
@@ -23,8 +23,6 @@ PATIENCE = 5.0
 
 #: Threads that end by themselves when nobody has needed them for a while.
 LINGERING = ("mlqueue-time-limit",)
-
-StartWorker = Callable[..., dramatiq.Worker]
 
 
 @pytest.fixture(scope="session")
@@ -43,19 +41,6 @@ def mlq(server: Settings) -> Iterator[MLQ]:
     """An app with a namespace that no other test has."""
     with fresh_app(server) as app:
         yield app
-
-
-@contextlib.contextmanager
-def fresh_app(settings: Settings) -> Iterator[MLQ]:
-    before = dramatiq.broker.global_broker
-    app = MLQ(f"test-{uuid.uuid4().hex[:12]}", settings=settings)
-    try:
-        yield app
-    finally:
-        dramatiq.broker.global_broker = before
-        for key in app.client.scan_iter(f"{app.store.root}:*", count=1000):
-            app.client.unlink(key)
-        app.close()
 
 
 @pytest.fixture
@@ -87,21 +72,6 @@ def worker(mlq: MLQ, start_worker: StartWorker) -> dramatiq.Worker:
 
 def threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if not thread.name.startswith(LINGERING)}
-
-
-def children() -> set[int]:
-    found: set[int] = set()
-    for task in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found.update(int(pid) for pid in task.read_text().split())
-    return {pid for pid in found if not is_resource_tracker(pid)}
-
-
-def is_resource_tracker(pid: int) -> bool:
-    """Whether a process is multiprocessing's own, which it starts once and keeps until the program ends."""
-    with contextlib.suppress(OSError):
-        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
 
 
 def sockets() -> set[str]:

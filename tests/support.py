@@ -9,12 +9,20 @@ import socketserver
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import dramatiq
+import dramatiq.broker
+
+from mlqueue import MLQ, Settings
+
 T = TypeVar("T")
+
+StartWorker = Callable[..., dramatiq.Worker]
 
 
 def eventually(look: Callable[[], T], timeout: float = 15.0) -> T:
@@ -27,6 +35,34 @@ def eventually(look: Callable[[], T], timeout: float = 15.0) -> T:
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout:g} s; last seen: {seen!r}")
         threading.Event().wait(0.005)
+
+
+@contextlib.contextmanager
+def fresh_app(settings: Settings) -> Iterator[MLQ]:
+    before = dramatiq.broker.global_broker
+    app = MLQ(f"test-{uuid.uuid4().hex[:12]}", settings=settings)
+    try:
+        yield app
+    finally:
+        dramatiq.broker.global_broker = before
+        for key in app.client.scan_iter(f"{app.store.root}:*", count=1000):
+            app.client.unlink(key)
+        app.close()
+
+
+def children() -> set[int]:
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found.update(int(pid) for pid in task.read_text().split())
+    return {pid for pid in found if not is_resource_tracker(pid)}
+
+
+def is_resource_tracker(pid: int) -> bool:
+    """Whether a process is multiprocessing's own, which it starts once and keeps until the program ends."""
+    with contextlib.suppress(OSError):
+        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 class Proxy:

@@ -9,13 +9,12 @@ from typing import Any
 
 import dramatiq
 import pytest
-from conftest import StartWorker
 from dramatiq.errors import QueueJoinTimeout, QueueNotFound
 from dramatiq.middleware import SkipMessage, TimeLimitExceeded
 from dramatiq.rate_limits import ConcurrentRateLimiter, WindowRateLimiter
 from dramatiq.rate_limits.backends import RedisBackend
 from dramatiq.results.errors import ResultFailure, ResultMissing, ResultTimeout
-from support import eventually
+from support import StartWorker, eventually
 
 import mlqueue
 from mlqueue import MLQ, DeadReason, State

@@ -10,8 +10,7 @@ from typing import Any
 import dramatiq
 import numpy as np
 import pytest
-from conftest import StartWorker
-from support import eventually
+from support import StartWorker, eventually
 
 import mlqueue
 from mlqueue import MLQ, JobFailed, NoCurrentJob, State, current_job

@@ -255,8 +255,24 @@ def test_a_turn_sent_again_after_its_jobs_were_taken_away_does_not_repeat_the_ol
     assert [1] == [held.attempt for held in hand.send(command).jobs]
     store.release(hand.name, "crash", "killed")
     turn = hand.send(command)
-    assert [2] == [held.attempt for held in turn.jobs]
-    assert not turn.known
+    assert ([], False) == (turn.jobs, turn.known)
+
+
+def test_a_worker_that_was_released_gets_no_job_until_it_has_said_hello(store: Store) -> None:
+    # Its process may have died after it sent this: a job that it got would wait for the end of a lease.
+    job_id = submit(store)
+    hand = Hand(store)
+    for word in ("crash", "stall"):
+        hand.fetch()
+        store.release(hand.name, word, "gone")
+        turn = hand.turn(1)
+        assert ([], False, True) == (turn.jobs, turn.known, turn.left)
+        assert store.record(job_id).state is State.QUEUED
+        assert store.workers() == []
+        assert store.connector.client.pttl(f"{store.root}:w:{hand.name}") > 0
+        store.start_worker(hand.name, {"pid": 1}, {})
+        assert store.connector.client.pttl(f"{store.root}:w:{hand.name}") == -1
+    assert hand.one().attempt == 3
 
 
 def test_a_poke_puts_a_token_on_the_workers_own_bell(store: Store) -> None:

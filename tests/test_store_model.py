@@ -134,7 +134,12 @@ class StoreMachine(RuleBasedStateMachine):
     def fetch(self, slot: int, want: int, twice: bool) -> None:
         worker = self.workers[slot]
         if worker not in self.alive:
-            self.alive.add(worker)  # one that was thought dead goes on: it is welcome again
+            # One that was thought dead goes on: it is welcome again, once it has said hello.
+            command = self.store.turn_command(worker, uuid.uuid4().hex, want, self.lanes, [])
+            turn = self.store.read_turn(self.store.connector.execute(*command, script=script("turn")))
+            assert ([], False) == (turn.jobs, turn.known)
+            self.store.start_worker(worker, {}, {})
+            self.alive.add(worker)
         expected = self.expected_fetch(worker, want)
         command = self.store.turn_command(worker, uuid.uuid4().hex, want, self.lanes, [])
         for _ in range(1 + twice):

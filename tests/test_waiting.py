@@ -9,7 +9,7 @@ import traceback
 
 import dramatiq
 import pytest
-from conftest import StartWorker
+from support import StartWorker
 
 import mlqueue
 from mlqueue import MLQ, JobEvent, JobFailed, ResultTimeout, State, current_job

@@ -16,9 +16,8 @@ from typing import Any
 import dramatiq
 import pytest
 import redis
-from conftest import StartWorker, children, fresh_app
 from dramatiq.worker import ConsumerThread
-from support import Proxy, counting_proxy, eventually
+from support import Proxy, StartWorker, children, counting_proxy, eventually, fresh_app
 
 import mlqueue
 from mlqueue import MLQ, DeadReason, Settings, State, codec, pump

@@ -137,9 +137,7 @@ class Site:
         self.namespace = f"test-{uuid.uuid4().hex[:8]}"
         #: All of it, as the processes have it.
         self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("MLQUEUE_") and name != "REDIS_URL"
+            name: value for name, value in os.environ.items() if not name.startswith("MLQUEUE_") and name != "REDIS_URL"
         }
         given = {"url": server.url} if server.url else {"home": server.home}
         self.environment |= {f"MLQUEUE_{name.upper()}": str(value) for name, value in (given | settings).items()}

@@ -186,10 +186,9 @@ def own_server(**settings: Any) -> Iterator[Settings]:
 
 
 def server_pid(settings: Settings) -> int:
-    """The process id of the embedded server."""
-    status = EmbeddedServer(settings.home).status()
-    assert status is not None
-    return status.pid
+    """The process id of the embedded server, as soon as it has one."""
+    server = EmbeddedServer(settings.home)
+    return wait_for(server.status).pid
 
 
 class Entry(NamedTuple):
@@ -410,8 +409,8 @@ class Fleet:
             **options,
         )
 
-    def close(self) -> None:
-        """Ends all that was started here, and removes what it left in the store."""
+    def close(self, *, forget: bool = True) -> None:
+        """Ends all that was started here, and removes what it left in the store unless that goes as a whole."""
         for worker in self._workers:
             worker.close()
         for program in self._programs:
@@ -422,7 +421,7 @@ class Fleet:
                 if pipe is not None:
                     pipe.close()
         with contextlib.suppress(Exception):
-            for key in self.mlq.client.scan_iter(f"{self.mlq.store.root}:*", count=1000):
+            for key in () if not forget else self.mlq.client.scan_iter(f"{self.mlq.store.root}:*", count=1000):
                 self.mlq.client.unlink(key)
         self.mlq.close()
         dramatiq.broker.global_broker = self._global_broker

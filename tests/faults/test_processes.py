@@ -166,7 +166,7 @@ from mlqueue.broker import StoreConsumer
 
 
 @mlq.actor(max_retries=0)
-def breaks(before):
+def breaks(before, times=1):
     tell("start")
     name = mlqueue.current_job().id
     settle = StoreConsumer.ack
@@ -177,7 +177,7 @@ def breaks(before):
         if message.message_id == name:
             raise SystemExit
 
-    if attempt() == 1:
+    if attempt() <= times:
         StoreConsumer.ack = ack
     tell("end")
     return attempt()
@@ -197,11 +197,27 @@ def test_a_worker_thread_that_dies_takes_its_child_with_it(fleet: MakeFleet, bef
 
     report = here.audit(f"a thread dies {'before' if before else 'after'} the settle", [*jobs, broken]).finish()
     assert report.ok == 201
-    assert broken.record.attempt == 1 + before
+    assert (broken.record.attempt, broken.record.crashes) == (1 + before, before)
     assert worker.lines("broken")
     # The others had the time to end: only what was fetched and had not started went back.
     assert [len(here.ledger.of(job, "start")) for job in jobs] == [1] * 200
     assert not [record for record in here.records(jobs) if record is not None and record.crashes + record.stalls]
+    worker.stop()
+
+
+def test_a_job_that_kills_its_thread_each_time_is_dead_after_three_starts(fleet: MakeFleet) -> None:
+    here = fleet(actors=ACTORS + FRAGILE, drain=2.0)
+    worker = here.worker(processes=1, threads=4)
+    culprit = here.submit("breaks", True, times=1000)
+    jobs = [here.submit("work", 0.05) for _ in range(100)]
+    wait_for(lambda: culprit.state.ended, what=here.logs)
+    here.wait_drained()
+
+    report = here.audit("a job that kills its thread", [*jobs, culprit], dead=[culprit]).finish()
+    assert (report.ok, report.dead_lettered) == (100, 1)
+    record = culprit.record
+    assert (record.dead_reason, record.attempt, record.crashes) == (DeadReason.CRASHED, 3, 3)
+    assert "a thread of its worker died" in record.error.message
     worker.stop()
 
 
@@ -228,7 +244,8 @@ def test_children_of_a_killed_supervisor_end_and_the_next_one_runs_everything(fl
         wait_for(lambda pids=pids: not any(map(is_alive, pids)), 5, here.logs)
         slowest = max(slowest, time.time() - at)
     worker = here.worker(processes=2, threads=4)
-    here.wait_drained()
+    # None waits for the end of a lease: the next supervisor sees that these processes are gone.
+    here.wait_drained(here.mlq.settings.lease * 0.7)
 
     report = here.audit("kill -9 of the supervisor", jobs)
     report.longest_s = round(slowest, 3)
@@ -314,7 +331,7 @@ def test_every_id_that_was_returned_runs_though_all_processes_and_the_server_are
 #: Each waits, for a second attempt or (a stopped process) for its own to be over, and then ends in its own way.
 ZOMBIES = """
 
-@mlq.actor(max_retries=3)
+@mlq.actor(max_retries=3, min_backoff=50, max_backoff=100)
 def zombie(way):
     tell("start")
     mine = attempt()
@@ -428,6 +445,7 @@ def test_workers_that_are_told_to_stop_during_load_end_in_order(fleet: MakeFleet
         worker.signal(signal.SIGINT if round_ % 2 else signal.SIGTERM)
         assert worker.wait() == 0
         slowest = max(slowest, time.monotonic() - begun)
+        assert not worker.lines("CRITICAL"), worker.log()
         for job in long:
             assert job.state in (State.QUEUED, State.SUCCEEDED)
             if job.state is State.QUEUED:
@@ -493,7 +511,7 @@ def descriptors(pid: int) -> int:
 @pytest.mark.skipif(not LINUX, reason="counts in /proc")
 def test_mixed_load_with_a_kill_every_ten_seconds_leaves_memory_descriptors_and_keys_flat(fleet: MakeFleet) -> None:
     minutes = float(os.environ.get("FAULTS_SOAK_MINUTES", "5"))
-    here = fleet(result_ttl=5, lease=5, drain=5)
+    here = fleet(result_ttl=20, lease=5, drain=5)
     worker = here.worker(processes=2, threads=4)
     chance = random.Random(11)
     client, keys = here.mlq.client, f"{here.mlq.store.root}:*"

@@ -22,12 +22,18 @@ local function hand_over(id, f, attempt, started)
     tonumber(f[16] or 0) }
 end
 
-call('ZADD', R .. ':workers', NOW + lease, worker)
 if poke then
   ring_own(worker, 'p')
 end
 local state = call('HMGET', wkey, 'o', 'oj', 'os', 'info', 'iso')
 local known = state[4] and 1 or 0
+if known == 1 then
+  call('ZADD', R .. ':workers', NOW + lease, worker)
+else
+  -- It was released, and may be dead by now: jobs that it took would wait for the end of a lease, since nobody knows
+  -- its process. If it lives it says hello and asks again.
+  want = 0
+end
 
 if state[1] == nonce then
   -- The answer to this very turn was lost on its way: give it again.
@@ -125,4 +131,7 @@ elseif nlanes > 0 and not only_alone then
   end
 end
 call('HSET', wkey, 'o', nonce, 'oj', cmsgpack.pack(ids), 'os', cmsgpack.pack(refused))
+if known == 0 then
+  call('PEXPIRE', wkey, 2 * lease)
+end
 return { NOW, next_due, refused, jobs, left, known }
