@@ -254,8 +254,9 @@ def measure(names: list[str], jobs: int, rounds: int, url: str, only: set[str]) 
             if "submit" in only:
                 note(name, submitting(system, client, jobs // 4))
             if "drain" in only:
-                note(name, drain(system, client, jobs, 2, 8))
-                note(name, {"drain_t1": drain(system, client, jobs // 4, 2, 1)["drain"]})
+                share = getattr(system, "share", 1.0)
+                note(name, drain(system, client, int(jobs * share), 2, 8))
+                note(name, {"drain_t1": drain(system, client, int(jobs * share / 4), 2, 1)["drain"]})
             if "latency" in only:
                 note(name, latencies(system, client, 300))
             if "idle" in only and turn == 0:

@@ -40,7 +40,7 @@ from .waiting import close_bell
 logger = logging.getLogger("mlqueue.broker")
 
 #: Actor options of ours; the others are Dramatiq's.
-OWN_OPTIONS: Final = frozenset({"sync_ack", "prefetch", "tags", "max_crashes", "max_stalls"})
+OWN_OPTIONS: Final = frozenset({"sync_ack", "tags", "max_crashes", "max_stalls"})
 
 #: How often worker threads are counted that are still alive, in seconds.
 COUNT_THREADS_EVERY: Final = 0.5
@@ -217,7 +217,10 @@ class StoreBroker(Broker):
         """Calls the ``before_`` hooks in order."""
         if signal == "process_message":
             self._local.settling = None
-            current_delivery.set(args[0] if isinstance(args[0], Delivery) else None)
+            delivery = args[0] if isinstance(args[0], Delivery) else None
+            current_delivery.set(delivery)
+            if delivery is not None:
+                delivery.begun_at = time.monotonic()
         elif signal == "worker_boot":
             self._before_worker_boot(args[0])
         elif signal == "worker_shutdown":
@@ -423,7 +426,7 @@ class _Threads:
         self._counted_at = 0.0
 
     def free(self, in_hand: int) -> int:
-        """How many more jobs can start, `in_hand` being fetched."""
+        """How many more jobs can start at once, `in_hand` being fetched; below 0 when more are fetched than can."""
         now = time.monotonic()
         if self.booted and now > self._counted_at + COUNT_THREADS_EVERY:
             self._counted_at = now
@@ -436,6 +439,11 @@ class _Threads:
                 )
                 self.broken.set()
         return 0 if self.broken.is_set() else self._alive - in_hand
+
+    def take_back(self) -> list[Delivery]:
+        """The jobs that no thread has begun, taken out of the Worker's queue."""
+        queue = self.worker.work_queue
+        return queue.take_all() if isinstance(queue, WorkQueue) else []
 
 
 __all__ = ["StoreBroker", "StoreConsumer"]

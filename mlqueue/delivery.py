@@ -65,6 +65,8 @@ class Delivery(MessageProxy):
         #: Why a middleware refused it before it ran.
         self.refusal: DeadReason | None = None
         self.skipped = False
+        #: When a thread began with it (monotonic); None while it waits for one.
+        self.begun_at: float | None = None
         #: Whether the actor call has begun: an actor that calls another one directly stores no result for it.
         self.entered = False
         #: Whether the job goes back to its queue: nothing that hooks do because it "succeeded" is of any effect.

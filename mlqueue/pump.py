@@ -43,6 +43,23 @@ FIRST_PAUSE: Final = 0.02
 #: How long a consumer waits for a job while its worker stops, in seconds.
 STOPPING_SLICE: Final = 0.05
 
+#: Jobs that last no longer are fetched ahead, in seconds.
+TINY: Final = 0.005
+
+#: How much work is fetched ahead, in seconds of the threads' time, and how many jobs at most.
+AHEAD: Final = 0.01
+MOST_AHEAD: Final = 64
+
+#: How many jobs are seen to be tiny before any is fetched ahead.
+SEEN_BEFORE_AHEAD: Final = 16
+
+#: How long a job that was fetched ahead waits for a thread while none ends its job; then it is given back, in seconds.
+PARKED: Final = 0.05
+
+#: While threads have work that was fetched ahead, ends of jobs are gathered: for so long, and so many.
+GATHER: Final = 0.002
+GATHERED: Final = 32
+
 #: How long all threads are busy before the worker's own bell is listened to, in seconds.
 ARM_WHEN_FULL: Final = 0.02
 
@@ -50,9 +67,45 @@ logger = logging.getLogger("mlqueue.pump")
 
 
 class Crew(Protocol):
-    """Who runs the jobs: how many more can start now."""
+    """Who runs the jobs."""
 
-    def free(self, in_hand: int) -> int: ...
+    def free(self, in_hand: int) -> int:
+        """How many more jobs can start at once, `in_hand` being fetched; below 0 when more are fetched than can."""
+
+    def take_back(self) -> list[Delivery]:
+        """The jobs that no thread has begun: they are no longer the crew's."""
+
+
+class Pace:
+    """How long jobs have run lately, and so how many may be fetched ahead of the threads that are free.
+
+    Usually none, or a short job would wait behind a long one while another worker is idle. Where jobs last no longer
+    than a call of the store, a few milliseconds' worth of them are fetched with each call.
+    """
+
+    def __init__(self) -> None:
+        self.mean = float("inf")
+        self._seen = 0
+
+    def ran(self, seconds: float) -> None:
+        """A job has run so long."""
+        if self._seen == 0 or seconds > 10 * TINY:
+            self.mean = seconds
+            self._seen = 1
+        else:
+            self.mean += 0.1 * (seconds - self.mean)
+            self._seen += 1
+
+    def ahead(self, threads: int) -> int:
+        """How many jobs more than there are free threads may be fetched."""
+        if self.mean > TINY or self._seen < SEEN_BEFORE_AHEAD:
+            return 0
+        return min(MOST_AHEAD, int(threads * AHEAD / max(self.mean, 1e-5)))
+
+    def forget(self) -> None:
+        """A job that is not tiny has come: look anew."""
+        self._seen = 0
+        self.mean = float("inf")
 
 
 class Unsettled:
@@ -126,6 +179,10 @@ class Pump:
         self._due_at: float | None = None
         self._turn_at = 0.0
         self._pending: tuple[tuple[Any, ...], list[Unsettled]] | None = None
+        self._pace = Pace()
+        #: When a job ended or was fetched last, and since when there is something unsettled.
+        self._moved_at = 0.0
+        self._unsettled_since = 0.0
         self._pause = FIRST_PAUSE
 
     # For consumers
@@ -217,14 +274,22 @@ class Pump:
     def settle(self, delivery: Delivery, settle: Settle, *, wait: bool = False) -> None:
         """Hands over the end of an attempt; returns when it is committed if `wait`, or if nobody leads."""
         entry = Unsettled(settle, threading.Event() if wait else None)
+        now = time.monotonic()
+        if delivery.begun_at is not None:
+            self._pace.ran(now - delivery.begun_at)
         with self._condition:
             self.in_hand.pop(delivery.held.id, None)
+            if not self._unsettled:
+                self._unsettled_since = now
             self._unsettled.append(entry)
+            self._moved_at = now
             led = any(self._active.values())
+            quiet = not wait and 1 < len(self._unsettled) < GATHERED and self._backlog() > 0
         if not led:
             self.commit()
             return
-        self.wake()
+        if not quiet:
+            self.wake()
         if entry.committed is not None:
             entry.committed.wait()
 
@@ -337,6 +402,8 @@ class Pump:
             deadline = self._deadline(begun, timeout)
             if time.monotonic() >= deadline or self._is_paused(thread) or queue_name not in self._active:
                 return
+            if not self.stopping and self._backlog() and time.monotonic() > self._moved_at + PARKED:
+                self._give_back_parked()
             if self._must_turn():
                 try:
                     self._turn(prefetch)
@@ -349,12 +416,46 @@ class Pump:
         now = time.monotonic()
         return (
             self._rung
-            or bool(self._unsettled)
+            or (bool(self._unsettled) and not self._gathers(now))
             or self._pending is not None
             or (self._due_at is not None and now >= self._due_at)
             or now >= self._turn_at + SLICE
-            or (self._hungry and self._free() > 0)
+            or (self._hungry and self._has_room())
         )
+
+    def _backlog(self) -> int:
+        """How many jobs are fetched that no thread is free for."""
+        return 0 if self.crew is None else max(0, -self.crew.free(len(self.in_hand)))
+
+    def _gathers(self, now: float) -> bool:
+        """Whether more ends of jobs are waited for before they are sent: the threads have work meanwhile."""
+        return (
+            now < self._unsettled_since + GATHER
+            and len(self._unsettled) < GATHERED
+            and self._backlog() > 0
+            and all(entry.committed is None for entry in self._unsettled)
+        )
+
+    def _has_room(self) -> bool:
+        """Whether it is worth a turn to fetch more: a thread is free, or half of what was fetched ahead is used up."""
+        free = self._free()
+        return free > 0 and 2 * self._backlog() <= free
+
+    def _give_back_parked(self) -> None:
+        """No thread has ended its job for a while: what was fetched ahead goes to workers that have time for it."""
+        assert self.crew is not None
+        parked = self.crew.take_back()
+        self._pace.forget()
+        with self._condition:
+            for waiting in self._ready.values():
+                parked += waiting
+                waiting.clear()
+            for delivery in parked:
+                self.in_hand.pop(delivery.held.id, None)
+                settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
+                self._unsettled.append(Unsettled(settle))
+            self._moved_at = time.monotonic()
+        self._unsettled_since = 0.0
 
     def _free(self, prefetch: int = 0) -> int:
         if self.stopping:
@@ -365,7 +466,8 @@ class Pump:
             self._alone = None
         if self.crew is None:
             return max(0, prefetch - len(self.in_hand))
-        return max(0, self.crew.free(len(self.in_hand)))
+        threads = self.crew.free(0)
+        return max(0, threads - len(self.in_hand) + (0 if self.only_alone else self._pace.ahead(threads)))
 
     def _turn(self, prefetch: int) -> None:
         if self._connection is None:
@@ -415,6 +517,8 @@ class Pump:
     def _took(self, turn: Turn, want: int) -> None:
         now = time.monotonic()
         self._turn_at = now
+        if turn.jobs:
+            self._moved_at = now
         self._pause = FIRST_PAUSE
         self._due_at = None if turn.next_due_ms < 0 else now + turn.next_due_ms / 1000
         # Hungry: more is there than this worker had threads for, so it asks again when one is free.
@@ -520,6 +624,8 @@ class Pump:
         until = min(deadline, self._turn_at + SLICE)
         if self._due_at is not None:
             until = min(until, self._due_at)
+        if self._backlog() and not self.stopping:
+            until = min(until, self._moved_at + PARKED)
         try:
             until = min(until, self._arm())
             sources: list[Any] = [self._wake_read]
@@ -531,8 +637,12 @@ class Pump:
             self._asleep = True
             try:
                 # What happened before `_asleep` was set has written no byte.
-                if self._unsettled or self._look:
+                if self._look:
                     return
+                if self._unsettled:
+                    if not self._gathers(time.monotonic()):
+                        return
+                    until = min(until, self._unsettled_since + GATHER)
                 readable, _, _ = select.select(sources, [], [], max(0.0, until - time.monotonic()))
             finally:
                 self._asleep = False
@@ -612,7 +722,7 @@ def _drain(fd: int) -> None:
 
 class WorkQueue:
     """The queue between a Worker's consumers and its threads: first in, first out, since the store has put the jobs
-    in order and only as many are fetched as can start. Its `join` also waits until what was done is committed."""
+    in order. Its `join` also waits until what was done is committed."""
 
     def __init__(self, pump: Pump) -> None:
         self._pump = pump
@@ -633,6 +743,16 @@ class WorkQueue:
         if item is None:
             raise queue.Empty
         return item
+
+    def take_all(self) -> list[Any]:
+        """The messages that no thread has begun, taken out."""
+        taken = []
+        try:
+            while True:
+                taken.append(self.get_nowait().message)
+                self.task_done()
+        except queue.Empty:
+            return taken
 
     def get_nowait(self) -> Any:
         return self.get(block=False)
