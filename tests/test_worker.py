@@ -660,3 +660,52 @@ def test_mlqueue_exports_nothing_that_starts_a_worker_by_itself(mlq: MLQ) -> Non
     mlqueue.instances()
     assert mlq.broker.worker is None
     assert mlq.broker.pump is None
+
+
+def test_tiny_jobs_are_fetched_ahead_and_leave_when_a_long_one_comes_before_them(
+    mlq: MLQ, start_worker: StartWorker, gate: Gate
+) -> None:
+    other = MLQ(mlq.name, settings=mlq.settings)
+    try:
+        for app in (mlq, other):
+            app.actor(lambda: None, actor_name="tiny")
+            app.actor(gate.enter, actor_name="long", max_retries=0)
+        start_worker(threads=1)
+        for job in mlq.broker.actors["tiny"].submit_many([()] * 300):
+            assert job.wait(10)
+        long = mlq.submit("long")
+        tiny = mlq.broker.actors["tiny"].submit_many([()] * 30)
+        gate.wait_for(1)
+        # Those that stand behind the long job in its worker go to one that has time for them.
+        start_worker(other, threads=1)
+        for job in tiny:
+            assert job.wait(10)
+        assert long.state is State.RUNNING
+        gate.open()
+        assert long.wait(10)
+        assert {(0, 0, 0)} == {(r.crashes, r.stalls, r.retries) for job in tiny for r in [job.record]}
+    finally:
+        gate.open()
+        if other.broker.worker is not None:
+            other.broker.worker.stop(timeout=10_000)
+        other.close()
+
+
+def test_jobs_are_fetched_ahead_only_after_many_that_were_tiny() -> None:
+    pace = pump.Pace()
+    assert pace.ahead(8) == 0
+    for _ in range(pump.SEEN_BEFORE_AHEAD - 1):
+        pace.ran(0.0001)
+    assert pace.ahead(8) == 0
+    pace.ran(0.0001)
+    assert pace.ahead(8) == pump.MOST_AHEAD
+    for _ in range(100):
+        pace.ran(0.004)
+    assert 0 < pace.ahead(1) <= 3
+    pace.ran(1.0)
+    assert pace.ahead(8) == 0
+    for _ in range(1000):
+        pace.ran(pump.TINY * 1.5)
+    assert pace.ahead(8) == 0
+    pace.forget()
+    assert pace.ahead(8) == 0
