@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The environment is made anew only when what is to be installed has changed.
 READY := $(VENV)/ready
 
-.PHONY: demo test faults faults-long lint types docs-test bench clean
+.PHONY: demo test faults faults-long lint types docs-test bench bench-plots clean
 
 demo: $(READY)
 	"$(BIN)/python" -m tasks.demo
@@ -32,7 +32,14 @@ docs-test: $(READY)
 
 bench: $(READY)
 	"$(BIN)/python" -m pip install -q -r benchmarks/requirements.txt
-	"$(BIN)/python" benchmarks/queue.py --systems all
+	mkdir -p out
+	"$(BIN)/python" benchmarks/queue.py --systems all --only submit,drain,latency,idle,flat --json out/queue.json
+
+bench-plots: out/queue.json
+	"$(BIN)/python" benchmarks/plots.py out/queue.json docs/images
+
+out/queue.json:
+	$(MAKE) bench
 
 clean:
 	rm -rf $(VENV) out .mlqueue

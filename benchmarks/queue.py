@@ -223,6 +223,70 @@ def ping_pong(url: str) -> float:
     return statistics.median(times)
 
 
+def flat(client: Any, sizes: tuple[int, int] = (10_000, 1_000_000)) -> dict[int, dict[str, float]]:
+    """Whether costs grow with the number of waiting jobs: operations a second of ours at two lengths of the queue."""
+    system = importlib.import_module("benchmarks.systems.ours")
+    found: dict[int, dict[str, float]] = {}
+    for size in sizes:
+        client.flushall()
+        for start in range(0, size, 50_000):
+            system.submit_many(min(50_000, size - start))
+        last = system.noop.submit(0)
+        figures = {
+            "submit": rate(lambda: system.noop.submit(1), 1000),
+            "position": rate(lambda job=last: job.position, 300),
+            "page": rate(lambda: system.mlq.jobs(limit=50), 100),
+            "fetch_finish": fetch_and_finish(system, 4000),
+        }
+        waiting = system.remaining(client)
+        with workers(system, 2, 8):
+            deadline = time.monotonic() + 60
+            while (left := system.remaining(client)) > waiting - 1000 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            begin = time.perf_counter()
+            goal = left - min(30_000, size // 2)
+            while (now_left := system.remaining(client)) > goal and time.monotonic() < deadline:
+                time.sleep(0.005)
+            figures["drain"] = (left - now_left) / (time.perf_counter() - begin)
+        found[size] = figures
+    return found
+
+
+def rate(act: Any, n: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(n):
+        act()
+    return n / (time.perf_counter() - begin)
+
+
+def fetch_and_finish(system: Any, n: int) -> float:
+    """Jobs a second through turns of 8, without a worker's threads."""
+    from mlqueue.job import Result
+    from mlqueue.store import Settle
+    from mlqueue.store.scripts import script
+    from mlqueue.store.store import common_of, encode_result
+
+    store = system.mlq.store
+    store.start_worker("bench", {}, {})
+    lanes = [store.lane("default", "noop")]
+    settles: list[Any] = []
+    begin = time.perf_counter()
+    for number in range(n // 8):
+        command = store.turn_command("bench", f"{number}", 8, lanes, settles)
+        turn = store.read_turn(store.connector.execute(*command, script=script("turn")))
+        settles = [Settle.finish(held.id, held.attempt, encode_result(Result(1, 1)), common_of()) for held in turn.jobs]
+    spent = time.perf_counter() - begin
+    store.release("bench", "drain", "")
+    return n / spent
+
+
+def show_flat(found: dict[int, dict[str, float]]) -> None:
+    small, large = found
+    print(f"\n| with so many jobs waiting | {small:,} | {large:,} | ratio |\n|---|---|---|---|")
+    for name, value in found[small].items():
+        print(f"| {name}, per second | {value:,.0f} | {found[large][name]:,.0f} | {found[large][name] / value:.2f} |")
+
+
 ROWS = [
     ("drain", "drain 2 x 8, jobs/s", "{:,.0f}", "more"),
     ("drain_t1", "drain 2 x 1, jobs/s", "{:,.0f}", "more"),
@@ -283,7 +347,7 @@ def main() -> None:
     parser.add_argument("--systems", default="ours,dramatiq_results")
     parser.add_argument("--jobs", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="submit,drain,latency,idle")
+    parser.add_argument("--only", default="submit,drain,latency,idle", help="also: flat (fills a million jobs)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = ALL if options.systems == "all" else options.systems.split(",")
@@ -291,12 +355,16 @@ def main() -> None:
         os.environ["BENCH_URL"] = url
         medians = measure(names, options.jobs, options.rounds, url, set(options.only.split(",")))
         bare = ping_pong(url) if "latency" in options.only else None
+        growth = flat(redis.Redis.from_url(url)) if "flat" in options.only else None
     titles = {name: sys.modules[f"benchmarks.systems.{name}"].name for name in names}
     show(medians, titles)
     if bare is not None:
         print(f"\nbare LPUSH/BLPOP after 2 s of idling: {bare:.2f} ms")
+    if growth is not None:
+        show_flat(growth)
     if options.json:
-        options.json.write_text(json.dumps({"medians": medians, "ping_pong": bare}, indent=1))
+        found = {"medians": medians, "titles": titles, "ping_pong": bare, "flat": growth}
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
