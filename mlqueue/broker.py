@@ -22,10 +22,10 @@ from dramatiq.errors import QueueJoinTimeout
 from dramatiq.middleware import Middleware
 from dramatiq.results import Results
 
-from .delivery import Delivery, current_delivery, storing
+from .delivery import Delivery, current_delivery, describe, storing
 from .errors import MLQueueError
 from .heartbeat import HeartbeatHelper
-from .job import NewJob, Result
+from .job import DeadReason, NewJob, Result
 from .message import LIFTED, from_job, to_job
 from .middleware import TimeLimit, default_middleware
 from .middleware.results import StoreBackend
@@ -33,8 +33,8 @@ from .processes import born, place
 from .progress import ProgressWriter
 from .pump import Pump, WorkQueue
 from .settings import Settings
-from .store import Store
-from .store.store import encode_result
+from .store import Settle, Store
+from .store.store import common_of, encode_result
 from .waiting import close_bell
 
 logger = logging.getLogger("mlqueue.broker")
@@ -273,7 +273,14 @@ class StoreBroker(Broker):
         self._local.settling = None
         delivery.progress = self.progress.take(delivery)
         actor = self.actors.get(delivery.actor_name)
-        settle = delivery.verdict()
+        try:
+            settle = delivery.verdict()
+        except Exception as error:
+            # Escaping from here it would be logged and forgotten, and the job would run for ever.
+            logger.exception("the end of job %s cannot be written; it is dead", delivery.held.id)
+            settle = Settle.bury(
+                delivery.held.id, delivery.held.attempt, DeadReason.UNSTORABLE, describe(error), common_of()
+            )
         wait = actor is not None and bool(actor.options.get("sync_ack"))
         if isinstance(threading.current_thread(), dramatiq.worker.ConsumerThread):
             wait = False

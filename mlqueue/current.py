@@ -39,7 +39,7 @@ class CurrentJob:
 
     @property
     def attempt(self) -> int:
-        """1 when the job runs for the first time; more after a crash or a retry."""
+        """1 when the job runs for the first time; more after a crash, a retry, or when it was given back unstarted."""
         return self._delivery.held.attempt
 
     @property

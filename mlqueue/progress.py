@@ -27,6 +27,7 @@ class ProgressWriter:
         self._store = store
         self._lock = threading.Lock()
         self._dirty: dict[str, tuple[Delivery, bytes, str]] = {}
+        self._writing: dict[str, tuple[Delivery, bytes, str]] = {}
         self._seen: set[tuple[str, int]] = set()
         self._work = threading.Event()
         self._closed = False
@@ -35,7 +36,7 @@ class ProgressWriter:
     def report(self, delivery: Delivery, value: object, note: str | None) -> None:
         """Notes the progress of a job. Numbers stay numbers, anything else becomes text."""
         encoded = codec.encode(plain_value(value))
-        text = "" if note is None else str(note)[:MAX_TEXT]
+        text = "" if note is None else str(note)[:MAX_TEXT].encode("utf-8", "replace").decode()
         key = (delivery.held.id, delivery.held.attempt)
         with self._lock:
             first = key not in self._seen
@@ -54,7 +55,8 @@ class ProgressWriter:
             return None
         with self._lock:
             self._seen.discard((delivery.held.id, delivery.held.attempt))
-            pending = self._dirty.pop(delivery.held.id, None)
+            # One that is being written may come too late: the end takes it along too.
+            pending = self._dirty.pop(delivery.held.id, None) or self._writing.get(delivery.held.id)
         return None if pending is None else (pending[1], pending[2])
 
     def close(self) -> None:
@@ -74,9 +76,11 @@ class ProgressWriter:
             # Wait for more reports, not for an event: this is the gathering.
             threading.Event().wait(GATHER)
             with self._lock:
-                batch, self._dirty = list(self._dirty.values()), {}
-            if batch:
-                self._write(batch)
+                self._writing, self._dirty = self._dirty, {}
+            if self._writing:
+                self._write(list(self._writing.values()))
+            with self._lock:
+                self._writing = {}
 
     def _write(self, batch: list[tuple[Delivery, bytes, str]]) -> None:
         items = [(delivery.held.id, delivery.held.attempt, value, note) for delivery, value, note in batch]

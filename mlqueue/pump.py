@@ -255,8 +255,12 @@ class Pump:
                 if self._leader is None and not any(self._active.values()):
                     # A pop that nobody reads would take the bell from workers that could run the job.
                     self._hang_up()
+                    unstarted = [delivery for ready in self._ready.values() for delivery in ready]
+                    for ready in self._ready.values():
+                        ready.clear()
                     self._condition.release()
                     try:
+                        self.give_back(unstarted)
                         self.commit()
                     finally:
                         self._condition.acquire()
@@ -325,8 +329,10 @@ class Pump:
                     entry.sent_alone = True
                 self._answered(batch, refused)
                 return
-            except StoreUnavailable as error:
+            except StoreError as error:
                 logger.warning("%d finished jobs wait to be settled: %s", len(batch), error)
+                if not isinstance(error, StoreUnavailable):
+                    time.sleep(LONGEST_PAUSE)  # full, or refusing: it did not take its time as one that is away does
                 with self._condition:
                     self._unsettled = batch[len(pending) :] + self._unsettled
                     if any(self._active.values()) or self._ended:
@@ -506,8 +512,8 @@ class Pump:
         turn = self.store.read_turn(answer)
         batch = self._pending[1]
         self._pending = None
-        self._took(turn, want)
         self._answered(batch, turn.refused)
+        self._took(turn, want)
 
     def _waits_for_others(self, lanes: list[tuple[str, str]], want: int) -> bool:
         if self._armed == "own":
@@ -530,7 +536,7 @@ class Pump:
             for held in turn.jobs:
                 try:
                     delivery = self._deliver(held)
-                except MLQueueError as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's alone
                     bad.append((held, error))
                     continue
                 self.in_hand[held.id] = delivery

@@ -359,7 +359,8 @@ class Supervisor:
             return
         finally:
             theirs.close()
-        ours.sendall(json.dumps(dataclasses.asdict(self._order(seat, worker))).encode() + b"\n")
+        with contextlib.suppress(OSError):  # one that has died already is seen by its exit
+            ours.sendall(json.dumps(dataclasses.asdict(self._order(seat, worker))).encode() + b"\n")
         ours.setblocking(False)
         seat.child = child = _Child(seat, worker, process, ours)
         self._selector.register(ours, selectors.EVENT_READ, functools.partial(self._on_message, child))

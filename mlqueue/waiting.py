@@ -112,7 +112,9 @@ class Bell:
                     self._drop()
                     return
                 self._connection.send_command(
-                    "BLPOP", self._store.own_bell(self.name), max(0.001, min(remaining, SLICE))
+                    "BLPOP",
+                    self._store.own_bell(self.name),
+                    max(0.001, min(remaining, SLICE, self._store.settings.socket_timeout / 2)),
                 )
                 answer = self._connection.read_response()
         except StoreError:

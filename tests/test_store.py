@@ -1064,3 +1064,95 @@ def test_there_is_a_connection_for_each_of_any_number_of_threads(mlq: MLQ) -> No
     assert made == [[]] * 150
     for _ in range(150):
         mlq.store.connector.connection().disconnect()
+
+
+# What a second look found
+
+
+def test_a_shelf_of_its_own_is_listed_to_its_end(store: Store) -> None:
+    jobs = [job() for _ in range(120)]
+    ids = [item.id for item in jobs]
+    store.submit(jobs)
+    assert ids[::-1] == [record.id for record in store.scan()]
+    page = store.page(limit=4)
+    assert (4, True) == (len(page.jobs), page.cursor is not None)
+    assert store.page(limit=120).cursor is None
+    assert ids[::-1] == [record.id for record in store.scan(limit=40)]
+
+
+def test_a_checkpoint_whose_answer_was_lost_is_saved_again_without_harm(store: Store) -> None:
+    submit(store)
+    held = Hand(store).one()
+    data = b"c" * (CHUNK + 1)
+    store.save_checkpoint(held.id, held.attempt, data, "g1")
+    command = (*store.command("checkpoint"), held.id, held.attempt, len(data), b"", 2, "g1")
+    assert store.connector.execute(*command, script=script("checkpoint")) == 1
+    assert store.load_checkpoint(held.id) == data
+
+
+def test_a_finish_that_failed_behind_its_chunks_can_be_made_again(store: Store) -> None:
+    job_id = submit(store)
+    hand = Hand(store)
+    held = hand.one()
+    stored = encode_result(Result(None, b"x" * (CHUNK + 1)))
+    store.write_chunks(job_id, f"r{held.attempt}", stored.chunks)
+    settle = Settle.finish(job_id, held.attempt, stored, common_of())
+    store.connector.client.set(f"{store.root}:r:{job_id}", "not a hash")
+    assert [index for index, _ in hand.turn(0, settle).refused] == [0]
+    store.connector.client.delete(f"{store.root}:r:{job_id}")
+    assert hand.turn(0, settle).refused == []
+    assert store.outcome(job_id).result == Result(None, b"x" * (CHUNK + 1))
+
+
+def test_a_record_that_is_garbage_stops_no_worker_and_no_sweep(store: Store) -> None:
+    client = store.connector.client
+    client.set(f"{store.root}:j:garbage", "not a hash")
+    client.zadd(f"{store.root}:sched", {"garbage": 1})
+    client.zadd(f"{store.root}:exp", {"garbage": 1})
+    client.zadd(f"{store.root}:s:q:default:add", {"garbage": 0})
+    good = submit(store)
+    assert [good] == [held.id for held in Hand(store).fetch(3)]
+    assert store.sweep("s", 5).elected
+    assert client.zscore(f"{store.root}:sched", "garbage") is None
+    assert client.zscore(f"{store.root}:exp", "garbage") is None
+
+
+def test_a_bell_that_nobody_listens_to_does_not_grow_without_bound(store: Store) -> None:
+    job_id = submit(store)
+    held = Hand(store).one()
+    store.watch(job_id, "gone", every_change=True)
+    for i in range(1100):
+        store.touch([(job_id, held.attempt, codec.encode(i), "")])
+    assert store.connector.client.llen(store.own_bell("gone")) == 1000
+
+
+def test_what_a_cancelled_job_would_have_started_is_not_started(store: Store) -> None:
+    job_id, successor = submit(store), job(actor="mul")
+    hand = Hand(store)
+    held = hand.one()
+    store.cancel(job_id)
+    hand.turn(0, Settle.finish(job_id, held.attempt, encode_result(Result()), common_of(spawned=[successor])))
+    assert store.record(job_id).state is State.CANCELLED
+    with pytest.raises(JobNotFound):
+        store.record(successor.id)
+
+
+def test_pages_by_time_hold_when_an_old_job_was_retried(store: Store) -> None:
+    old = submit(store)
+    store.cancel(old)
+    time.sleep(0.01)  # so that the next ones are created in a later millisecond
+    since = store.record(submit(store)).created_at
+    for _ in range(2):
+        submit(store)
+    store.retry(old)
+    assert len(list(store.scan(since=since, limit=2))) == 4
+    assert len(list(store.scan(until=time.time() + 100, limit=2))) == 4
+
+
+def test_submits_are_parted_by_their_bytes_too(store: Store) -> None:
+    from mlqueue.store.store import SUBMIT_BYTES, _batches
+
+    big = b"x" * (SUBMIT_BYTES // 2)
+    assert [2, 1] == [len(batch) for batch in _batches([big, big, big])]
+    assert [1, 2] == [len(batch) for batch in _batches([big * 3, b"a", b"b"])]
+    assert [500, 1] == [len(batch) for batch in _batches([b"a"] * 501)]

@@ -57,7 +57,7 @@ def milliseconds(value: float | None) -> int:
 
 
 def pack_new(job: NewJob) -> bytes:
-    """A new job as ``create`` in common.lua takes it."""
+    """A new job as ``create`` in part_create.lua takes it."""
     return pack(new_item(job))
 
 

@@ -54,6 +54,9 @@ INLINE: Final = 64
 #: How many jobs one call of `submit` carries at most.
 SUBMIT_BATCH: Final = 500
 
+#: How many bytes, unless a single job has more.
+SUBMIT_BYTES: Final = 8 * 2**20
+
 #: A gap of so many seconds between two sweeps is nobody's fault: leases are renewed instead of ended.
 GAP: Final = 5.0
 
@@ -224,10 +227,8 @@ class Store:
     def submit(self, jobs: Sequence[NewJob]) -> list[bool]:
         """Creates jobs; for each whether it was new. An id that exists is left as it is, so this may be repeated."""
         created: list[bool] = []
-        packed = [pack_new(job) for job in jobs]
-        for start in range(0, len(packed), SUBMIT_BATCH):
-            answer = self._run("enqueue", *packed[start : start + SUBMIT_BATCH])
-            for made in answer:
+        for batch in _batches([pack_new(job) for job in jobs]):
+            for made in self._run("enqueue", *batch):
                 if isinstance(made, bytes):
                     raise StoreError(f"the store would not take a job: {made.decode(errors='replace')}")
                 created.append(made == 1)
@@ -586,6 +587,20 @@ class Sweep(NamedTuple):
     wait: float | None
     #: Jobs that were taken from lost workers, and what became of them.
     released: dict[str, str]
+
+
+def _batches(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """Parts of at most `SUBMIT_BATCH` jobs and, but for one that is larger by itself, `SUBMIT_BYTES`."""
+    batch: list[bytes] = []
+    size = 0
+    for item in packed:
+        if batch and (len(batch) == SUBMIT_BATCH or size + len(item) > SUBMIT_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += len(item)
+    if batch:
+        yield batch
 
 
 def _refusals(answer: list[Any]) -> list[tuple[int, str]]:

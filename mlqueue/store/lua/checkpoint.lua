@@ -7,11 +7,17 @@ local rec = load(id)
 if not rec or rec.state ~= 'r' or rec.attempt ~= tonumber(ARGV[2]) then
   return 0
 end
+if call('HGET', R .. ':ck:' .. id, 'g') == ARGV[6] then
+  return rec.cancel and 2 or 1 -- it has been saved; only the answer was lost
+end
 local n = tonumber(ARGV[5])
 for i = 0, n - 1 do
-  if call('PERSIST', R .. ':x:' .. id .. ':c' .. ARGV[6] .. ':' .. i) == 0 then
+  if call('EXISTS', R .. ':x:' .. id .. ':c' .. ARGV[6] .. ':' .. i) == 0 then
     return redis.error_reply('chunk ' .. i .. ' of the checkpoint is gone')
   end
+end
+for i = 0, n - 1 do
+  call('PERSIST', R .. ':x:' .. id .. ':c' .. ARGV[6] .. ':' .. i)
 end
 drop_checkpoint(id)
 if n > 0 then

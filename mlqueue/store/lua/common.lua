@@ -36,7 +36,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
 A lane holds the jobs that the same workers can run: it is the actor's name, or the actor's name, "|" and a list of
 functions. A worker asks for lanes that it can run, so a job that nobody can run blocks nothing.
 
-Fields of the record: s state, q queue, a actor, l lane (when it is not the actor), n number, t created, p priority
+Fields of the record: s state, q queue, a actor, l lane (when it is not the actor), n number, t created, N when it
+was retried by hand last, p priority
 (when not 0), b body, d due, k attempt (starts so far; never goes down), y retries, x crashes, z stalls, w worker,
 u started, f finished, v progress value (MessagePack), V progress note, r result, g dead reason, c time when cancelling
 was asked for, P parent, G tags (MessagePack), T result ttl in ms (-1 for ever), X most crashes, Z most stalls,

@@ -7,8 +7,10 @@ local states, queue, actor, tag = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local since, till, below, limit = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local found = {}
 
+-- When a job got its number: at its creation, or when it was retried by hand.
 local function created(id)
-  return tonumber(call('HGET', jkey(id), 't') or 0)
+  local f = call('HMGET', jkey(id), 'N', 't')
+  return tonumber(f[1] or f[2] or 0)
 end
 
 -- The members of a sorted set between two ranks (counted from the highest) are in falling order of number: finds
@@ -33,7 +35,7 @@ local function gather(key, base, low, high)
   if low >= high then
     return
   end
-  local page = call('ZREVRANGE', key, low, math.min(low + limit, high) - 1, 'WITHSCORES')
+  local page = call('ZREVRANGE', key, low, math.min(low + limit + 1, high) - 1, 'WITHSCORES')
   for i = 1, #page, 2 do
     found[#found + 1] = { page[i], tonumber(page[i + 1]) - base }
   end
@@ -54,10 +56,10 @@ end
 local function gather_running()
   for _, worker in ipairs(call('ZRANGE', R .. ':workers', 0, -1)) do
     for _, id in ipairs(call('SMEMBERS', R .. ':h:' .. worker)) do
-      local f = call('HMGET', jkey(id), 'n', 'q', 'a', 't')
+      local f = call('HMGET', jkey(id), 'n', 'q', 'a')
       local number = tonumber(f[1] or -1)
       if number >= 0 and (below < 0 or number < below) and (queue == '' or f[2] == queue)
-        and (actor == '' or f[3] == actor) and (till < 0 or tonumber(f[4]) <= till) then
+        and (actor == '' or f[3] == actor) and (till < 0 or created(id) <= till) then
         found[#found + 1] = { id, number }
       end
     end
@@ -94,9 +96,9 @@ local function from_tag()
   local top = below >= 0 and '(' .. string.format('%.0f', below) or '+inf'
   local page = call('ZREVRANGEBYSCORE', key, top, '-inf', 'WITHSCORES', 'LIMIT', 0, 1000)
   for i = 1, #page, 2 do
-    local f = call('HMGET', jkey(page[i]), 's', 'q', 'a', 't')
+    local f = call('HMGET', jkey(page[i]), 's', 'q', 'a')
     if f[1] and string.find(states, f[1], 1, true) and (queue == '' or f[2] == queue) and (actor == '' or f[3] == actor)
-      and (till < 0 or tonumber(f[4]) <= till) then
+      and (till < 0 or created(page[i]) <= till) then
       found[#found + 1] = { page[i], tonumber(page[i + 1]) }
     end
   end

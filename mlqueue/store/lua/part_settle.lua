@@ -33,9 +33,12 @@ function settle_verbs.f(id, rec, s)
     local result = { 's', s[9], 'c', s[10], 'z', s[13] }
     if s[12] > 0 then
       for i = 0, s[12] - 1 do
-        if call('PERSIST', R .. ':x:' .. id .. ':r' .. rec.attempt .. ':' .. i) == 0 then
+        if call('EXISTS', R .. ':x:' .. id .. ':r' .. rec.attempt .. ':' .. i) == 0 then
           error('chunk ' .. i .. ' of the result is gone')
         end
+      end
+      for i = 0, s[12] - 1 do
+        call('PERSIST', R .. ':x:' .. id .. ':r' .. rec.attempt .. ':' .. i)
       end
       result[#result + 1] = 'n'
       result[#result + 1] = s[12]
@@ -102,7 +105,7 @@ local function settle_one(s)
   end
   write_progress(id, rec, s[4], s[5])
   -- Children before the parent's end: made again, they exist already and nothing happens.
-  if s[6] then
+  if s[6] and not rec.cancel then
     for _, item in ipairs(s[6]) do
       create(item)
     end

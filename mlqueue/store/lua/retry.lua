@@ -18,5 +18,11 @@ call('UNLINK', R .. ':e:' .. id)
 call('HDEL', jkey(id), 'x', 'y', 'z', 'g', 'c', 'f', 'i', 'r', 'v', 'V', 'd')
 rec.number = call('INCR', R .. ':seq')
 rec.crashes, rec.alone = 0, nil
-requeue(id, rec, { 'n', rec.number })
+local tags = call('HGET', jkey(id), 'G')
+if tags then
+  for _, tag in ipairs(cmsgpack.unpack(tags)) do
+    call('ZADD', R .. ':tag:' .. tag, rec.number, id)
+  end
+end
+requeue(id, rec, { 'n', rec.number, 'N', NOW })
 return was

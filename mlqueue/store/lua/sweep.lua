@@ -26,8 +26,11 @@ else
   end
 end
 promote(1000)
-for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 500)) do
-  remove(id)
+local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
+for _, id in ipairs(expired) do
+  if not pcall(remove, id) then
+    call('ZREM', R .. ':exp', id)
+  end
 end
 -- Names of shelves that are empty by now: a few each time.
 for _, name in ipairs(call('SRANDMEMBER', R .. ':shelves', 5)) do
@@ -36,4 +39,4 @@ for _, name in ipairs(call('SRANDMEMBER', R .. ':shelves', 5)) do
   end
 end
 local first = call('ZRANGE', R .. ':workers', 0, 0, 'WITHSCORES')
-return { 1, first[2] and math.max(0, tonumber(first[2]) - NOW) or -1, outcomes }
+return { 1, #expired == 2000 and 0 or first[2] and math.max(0, tonumber(first[2]) - NOW) or -1, outcomes }

@@ -93,7 +93,7 @@ local function take(shelf, n)
     local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
     local before = #ids
     for _, id in ipairs(run) do
-      start(id)
+      pcall(start, id) -- one broken record must not hold up the others
     end
     if #ids > before then
       call('SADD', held, unpack(ids, before + 1))
