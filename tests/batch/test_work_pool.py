@@ -711,12 +711,12 @@ class TestEnd:
             gc.collect()
             assert reference() is None
         go.touch()
-        # Tasks are begun in order: what stands in the log when these are done is all that there will be.
-        list(pool.work_stream([(pow, (2, 2))] * 4))
-        begun = log.read_text().split() if log.exists() else []
-        assert len(begun) <= pool._crew.workers
-        list(pool.work_stream([(pow, (2, 2))] * 4))
-        assert (log.read_text().split() if log.exists() else []) == begun
+        # Twenty tasks were submitted. Those that a worker had in hand when the work ended may still write, also while
+        # another worker serves what comes next; no other one begins.
+        for _ in range(3):
+            list(pool.work_stream([(pow, (2, 2))] * 8))
+            begun = log.read_text().split() if log.exists() else []
+            assert len(begun) <= pool._crew.workers
 
     def test_a_script_needs_no_main_guard_and_may_have_classes_and_lambdas(self):
         out = output_of("""
