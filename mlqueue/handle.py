@@ -8,11 +8,12 @@ from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, cast
 
+from . import codec
 from .errors import JobCancelled, JobFailed, MLQueueError, ResultTimeout
 from .job import JobError, JobRecord, Result, State, seconds
 from .store import Store
 from .store.store import Outcome
-from .waiting import changes, wait_for, wait_for_async
+from .waiting import changes, wait_for, wait_for_async, wait_for_end
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -87,8 +88,12 @@ class Job(Generic[R_co]):
 
     def full_result(self, timeout: float | timedelta | None = None) -> Result:
         """As `result`, but the whole `Result`: short, full and content type."""
-        if not self.wait(timeout):
+        self._refuse_on_event_loop("result")
+        end = wait_for_end(self._store, self.id, seconds(timeout, "timeout"))
+        if end is None:
             raise self._timed_out(timeout)
+        if end[:1] == b"s" and len(end) > 1:
+            return Result(*codec.decode(end[1:]))  # small enough to have come with the news
         return self._open(self._store.outcome(self.id))
 
     def exception(self, timeout: float | timedelta | None = None) -> JobFailed | None:

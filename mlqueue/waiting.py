@@ -41,6 +41,8 @@ class Subscription:
         self.job_id = job_id
         #: How often the bell rang for the job.
         self.rings = 0
+        #: How the job ended, as the bell told: the state's letter and the result, if it is small; None before.
+        self.end: bytes | None = None
         self.notify = notify
 
 
@@ -130,13 +132,16 @@ class Bell:
             self._drop()
             raise
         if answer is not None:
-            self._tell(answer[1].decode())
+            self._tell(answer[1])
 
-    def _tell(self, job_id: str) -> None:
+    def _tell(self, token: bytes) -> None:
+        name, _, end = token.partition(b" ")
+        job_id = name.decode()
         with self._condition:
             heard = list(self._subscriptions.get(job_id, ()))
             for subscription in heard:
                 subscription.rings += 1
+                subscription.end = end or subscription.end
             self._condition.notify_all()
         for subscription in heard:
             if subscription.notify is not None:
@@ -215,6 +220,12 @@ def close_bell(store: Store) -> None:
 
 def wait_for(store: Store, job_id: str, timeout: float | None = None) -> bool:
     """Waits until a job has ended; False when `timeout` seconds pass first. Raises `JobNotFound`."""
+    return wait_for_end(store, job_id, timeout) is not None
+
+
+def wait_for_end(store: Store, job_id: str, timeout: float | None = None) -> bytes | None:
+    """As `wait_for`, but how the job ended as far as the bell told it (see `Subscription.end`), or b""; None when
+    `timeout` seconds pass first."""
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
     bell = bell_of(store)
     subscription = bell.subscribe(job_id)
@@ -222,12 +233,12 @@ def wait_for(store: Store, job_id: str, timeout: float | None = None) -> bool:
         while True:
             rings = subscription.rings
             if store.watch(job_id, bell.name).ended:
-                return True
+                return b""
             if time.monotonic() >= deadline:
-                return False
-            if bell.wait(subscription, rings, min(deadline, time.monotonic() + LOOK_AGAIN)):
-                # The bell of an end rings for nothing else; but a retry may have reopened the job meanwhile.
-                continue
+                return None
+            bell.wait(subscription, rings, min(deadline, time.monotonic() + LOOK_AGAIN))
+            if subscription.end is not None:
+                return subscription.end
     finally:
         bell.unsubscribe(subscription)
 

@@ -60,6 +60,7 @@ local function finish(id, rec, state, fields, ttl)
     drop_checkpoint(id)
     call('HDEL', jkey(id), 'K')
   end
+  local result = fields[1] == 'r' and fields[2] or ''
   local n = #fields
   fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'f', NOW, 's', state
   call('HSET', jkey(id), unpack(fields))
@@ -72,7 +73,8 @@ local function finish(id, rec, state, fields, ttl)
   end
   if rec.watched then
     call('HDEL', jkey(id), 'W')
-    tell(id, rec, true)
+    -- With the result, where it is small, a waiter need not ask for it.
+    tell(id, rec, true, state .. result)
   end
 end
 

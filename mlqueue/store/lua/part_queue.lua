@@ -34,15 +34,16 @@ local function ring_own(bell, token)
   call('PEXPIRE', key, 120000)
 end
 
--- Ring those who wait: all of them at the end, else only those who asked for every change.
-local function tell(id, rec, ended)
+-- Ring those who wait: all of them at the end, else only those who asked for every change. The token is the id, and
+-- `how` it ended, if that is known.
+local function tell(id, rec, ended, how)
   if not rec.watched then
     return
   end
   local key = R .. ':wt:' .. id
   for _, bell in ipairs(call('SMEMBERS', key)) do
     if ended or string.sub(bell, 1, 1) == 'a' then
-      ring_own(string.sub(bell, 2), id)
+      ring_own(string.sub(bell, 2), how and id .. ' ' .. how or id)
     end
   end
   if ended then
