@@ -84,6 +84,29 @@ def test_a_submit_is_one_round_trip_and_four_hundred_at_once_are_one_too(counted
     assert proxy.total - before == 1
 
 
+def test_from_submit_to_a_small_result_a_client_sends_three_commands(
+    counted: MLQ, proxy: Proxy, server: Settings, start_worker: StartWorker
+) -> None:
+    direct = MLQ(counted.name, settings=server)
+    try:
+        for app in (counted, direct):
+            app.actor(lambda n: n, actor_name="work")
+        start_worker(direct)
+        for n in (None, 0, 7, "x" * 40):
+            assert counted.submit("work", n).result(timeout=10) == n  # connects, and loads the scripts
+        before = proxy.total
+        assert counted.broker.actors["work"].submit("short").result(timeout=10) == "short"
+        # submit, watch, and the pop; the bell brings the result. A worker that was faster than the watch makes it two
+        # and a reading.
+        assert proxy.total - before <= 3
+        large = "x" * 1000
+        assert counted.broker.actors["work"].submit(large).result(timeout=10) == large
+    finally:
+        if direct.broker.worker is not None:
+            direct.broker.worker.stop(timeout=10_000)
+        direct.close()
+
+
 def test_draining_a_queue_takes_well_under_one_round_trip_a_job(
     counted: MLQ, proxy: Proxy, start_worker: StartWorker
 ) -> None:
