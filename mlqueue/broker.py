@@ -297,7 +297,7 @@ class StoreBroker(Broker):
         self._only_alone = only_alone
 
     def _new_pump(self) -> Pump:
-        pump = Pump(
+        return Pump(
             self.store,
             lanes=self._lanes,
             hello=self._hello,
@@ -305,11 +305,6 @@ class StoreBroker(Broker):
             only_alone=self._only_alone,
             worker_id=self._worker_id,
         )
-        pump.on_cancel = self._on_cancel
-        return pump
-
-    def _on_cancel(self, delivery: Delivery) -> None:
-        """A running job has been asked to cancel."""
 
     def _lanes(self, queues: Iterable[str]) -> list[tuple[str, str]]:
         """The lanes that a worker can take jobs from: every actor it knows, in every queue that it serves."""

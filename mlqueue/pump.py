@@ -141,8 +141,6 @@ class Pump:
         self.only_alone = only_alone
         #: Jobs fetched and not settled, by id.
         self.in_hand: dict[str, Delivery] = {}
-        #: Called with the id of a job that has just been asked to cancel.
-        self.on_cancel: Callable[[Delivery], None] = lambda delivery: None
         self._lanes = lanes
         self._hello = hello
         self._deliver = deliver
@@ -255,9 +253,7 @@ class Pump:
                 if self._leader is None and not any(self._active.values()):
                     # A pop that nobody reads would take the bell from workers that could run the job.
                     self._hang_up()
-                    unstarted = [delivery for ready in self._ready.values() for delivery in ready]
-                    for ready in self._ready.values():
-                        ready.clear()
+                    unstarted = self._take_ready()
                     self._condition.release()
                     try:
                         self.give_back(unstarted)
@@ -362,15 +358,26 @@ class Pump:
 
     def give_back(self, deliveries: Iterable[Delivery]) -> None:
         """Returns jobs that did not start to their queues, without a strike."""
-        entries = []
+        unstarted = list(deliveries)
         with self._condition:
-            for delivery in deliveries:
-                self.in_hand.pop(delivery.held.id, None)
-                settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
-                entries.append(Unsettled(settle))
-            self._unsettled.extend(entries)
-        if entries:
+            self._let_go(unstarted)
+        if unstarted:
             self.commit()
+
+    def _let_go(self, deliveries: Iterable[Delivery]) -> None:
+        """Notes that jobs which did not start are to be given back. The lock is held."""
+        for delivery in deliveries:
+            self.in_hand.pop(delivery.held.id, None)
+            settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
+            self._unsettled.append(Unsettled(settle))
+
+    def _take_ready(self) -> list[Delivery]:
+        """What was fetched and handed to no consumer yet, taken out. The lock is held."""
+        taken: list[Delivery] = []
+        for ready in self._ready.values():
+            taken += ready
+            ready.clear()
+        return taken
 
     def stop_fetching(self) -> None:
         """From now on turns only settle."""
@@ -453,13 +460,7 @@ class Pump:
         parked = self.crew.take_back()
         self._pace.forget()
         with self._condition:
-            for waiting in self._ready.values():
-                parked += waiting
-                waiting.clear()
-            for delivery in parked:
-                self.in_hand.pop(delivery.held.id, None)
-                settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
-                self._unsettled.append(Unsettled(settle))
+            self._let_go(parked + self._take_ready())
             self._moved_at = time.monotonic()
         self._unsettled_since = 0.0
 
@@ -709,7 +710,6 @@ class Pump:
             delivery = self.in_hand.get(token[1:].decode())
             if delivery is not None:
                 delivery.cancel_requested.set()
-                self.on_cancel(delivery)
 
 
 def _pipe() -> tuple[int, int]:
