@@ -135,7 +135,7 @@ def only_first_attempts(fleet: Fleet, report: Report, jobs: list[Any]) -> None:
         if record is None:
             continue
         starts = len(fleet.ledger.of(record.id, "start"))
-        if (starts, record.crashes, record.stalls) != (1, 0, 0):
+        if starts > 1 or record.crashes or record.stalls:
             report.note(f"{record.id}: {starts} starts, {record.crashes} crashes, {record.stalls} stalls")
 
 
