@@ -145,7 +145,10 @@ def latencies(system: Any, client: Any, n: int) -> dict[str, float]:
             # More long jobs than processes, so that each has at least one.
             system.occupy(30, 8)
             time.sleep(2)
-            figures["latency_occupied"], _ = latency(system, min(n, 100))
+            try:
+                figures["latency_occupied"], _ = latency(system, min(n, 100))
+            except Exception as error:  # noqa: BLE001 - a peer that parks short jobs behind long ones has no figure
+                print(f"{system.name}: no answer while long jobs run: {error}", flush=True)
         return figures
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .app import MLQ, Actor, instances
     from .current import CurrentJob, current_job
-    from .delivery import HandBack, Retry
+    from .delivery import Cancelled, HandBack, Retry
     from .errors import (
         DecodeError,
         EmbeddedError,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         StoreError,
         StoreFull,
         StoreUnavailable,
+        WaitCycle,
     )
     from .handle import Job, JobEvent
     from .job import DeadReason, JobRecord, Result, State
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MLQ",
     "Actor",
+    "Cancelled",
     "CurrentJob",
     "DeadReason",
     "DecodeError",
@@ -82,6 +84,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreUnavailable",
+    "WaitCycle",
     "current_job",
     "instances",
 ]
@@ -99,6 +102,7 @@ _HOMES = {
         "current_job",
     ),
     "delivery": (
+        "Cancelled",
         "HandBack",
         "Retry",
     ),
@@ -121,6 +125,7 @@ _HOMES = {
         "StoreError",
         "StoreFull",
         "StoreUnavailable",
+        "WaitCycle",
     ),
     "handle": (
         "Job",

@@ -32,7 +32,18 @@ DEFAULT_NAMESPACE: Final = "default"
 #: What `Actor.submit` takes as options rather than as arguments of the actor, unless the actor has a parameter of
 #: that name.
 SUBMIT_OPTIONS: Final = frozenset(
-    {"delay", "eta", "job_id", "tags", "priority", "result_ttl", "max_crashes", "max_stalls"}
+    {
+        "delay",
+        "eta",
+        "job_id",
+        "tags",
+        "priority",
+        "result_ttl",
+        "max_crashes",
+        "max_stalls",
+        "job_timeout",
+        "callback",
+    }
 )
 
 _instances: weakref.WeakValueDictionary[int, MLQ] = weakref.WeakValueDictionary()
@@ -75,8 +86,8 @@ class Actor(dramatiq.Actor[P, R]):
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Job[R]:
         """Submits a job with these arguments. It exists in the store when this returns.
 
-        ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes`` and
-        ``max_stalls`` among the keywords are options of the job, unless the actor has a parameter of that name; where
+        ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes``,
+        ``max_stalls``, ``job_timeout`` (seconds) and ``callback`` (a URL) among the keywords are options of the job, unless the actor has a parameter of that name; where
         a type checker should see both, use `with_options`. Raises `InvalidJob` for arguments that the actor does
         not take, `EncodeError` for values that cannot be sent, `StoreUnavailable`.
         """
@@ -192,8 +203,9 @@ def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | N
         raise InvalidJob("both delay and eta were given: one of them says when the job may start.")
     if eta is not None:
         rest["eta"] = round(eta * 1000)
-    if rest.get("result_ttl") is not None:
-        rest["result_ttl"] = seconds(rest["result_ttl"], "result_ttl")
+    for name in ("result_ttl", "job_timeout"):
+        if rest.get(name) is not None:
+            rest[name] = seconds(rest[name], name)
     if "tags" in rest:
         if isinstance(rest["tags"], str):
             raise InvalidJob(f"tags={rest['tags']!r}: give a list of texts: tags=[{rest['tags']!r}].")
@@ -293,7 +305,9 @@ class MLQ:
 
         Takes every option of ``dramatiq.actor``, with Dramatiq's names and units (milliseconds), and of ours:
         ``result_ttl`` (seconds for which the result is kept, None for ever), ``tags``, ``max_crashes``,
-        ``max_stalls``, ``sync_ack``. Declared again from the same module, as by a notebook's cell that is run
+        ``max_stalls``, ``job_timeout`` (seconds after which a running attempt is given up and the job started anew),
+        ``waits_count`` (whether the time for which it waits for other jobs counts against its ``time_limit``),
+        ``sync_ack``. Declared again from the same module, as by a notebook's cell that is run
         again, it replaces the actor of that name.
         """
 

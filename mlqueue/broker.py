@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import dramatiq
@@ -22,6 +22,8 @@ from dramatiq.errors import QueueJoinTimeout
 from dramatiq.middleware import Middleware
 from dramatiq.results import Results
 
+from .beside import Beside
+from .callbacks import callback_actor
 from .delivery import Delivery, current_delivery, describe, storing
 from .errors import MLQueueError
 from .heartbeat import HeartbeatHelper
@@ -34,13 +36,17 @@ from .progress import ProgressWriter
 from .pump import Pump, WorkQueue
 from .settings import Settings
 from .store import Settle, Store
+from .store.records import CALLBACK, CALLBACKS, quote
 from .store.store import common_of, encode_result
 from .waiting import close_bell
 
 logger = logging.getLogger("mlqueue.broker")
 
 #: Actor options of ours; the others are Dramatiq's.
-OWN_OPTIONS: Final = frozenset({"sync_ack", "tags", "max_crashes", "max_stalls"})
+OWN_OPTIONS: Final = frozenset({"sync_ack", "tags", "max_crashes", "max_stalls", "job_timeout", "callback", "waits_count"})
+
+#: The actor that runs the functions of MLQ's listeners.
+LISTENER: Final = "mlqueue.listener"
 
 #: How often worker threads are counted that are still alive, in seconds.
 COUNT_THREADS_EVERY: Final = 0.5
@@ -74,6 +80,10 @@ class StoreBroker(Broker):
         self.settings = settings
         self.progress = ProgressWriter(store)
         self.pump: Pump | None = None
+        #: The threads beside those of this broker's worker; None while there is none.
+        self.beside: Beside | None = None
+        #: The functions that listeners here run, by name.
+        self.functions: tuple[str, ...] = ()
         self.worker: dramatiq.Worker | None = None
         #: Set when a worker's thread has died; its process should drain and end.
         self.broken = threading.Event()
@@ -84,16 +94,22 @@ class StoreBroker(Broker):
         self._hooked: list[Middleware] = []
         self._hooks: dict[str, list[Any]] = {}
         self._lane_cache: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+        self._function_lanes: list[tuple[str, str, tuple[str, ...]]] = []
+        self._internal: dict[str, Any] = {}
         if middleware is None:
             middleware = default_middleware(store, settings)
         super().__init__(middleware)
         self.queues = {}
         self.actor_options |= OWN_OPTIONS
+        self._internal[CALLBACK] = callback_actor(self)
 
     # Dramatiq's face
 
     def declare_actor(self, actor: Any) -> None:
         """Declares an actor; its function stores its result when a worker calls it."""
+        if actor.queue_name == CALLBACKS:
+            actor.fn = storing(actor.fn, self._keep_result, self._disarm)
+            return  # no Worker is to have a consumer for it
         self.emit_before("declare_actor", actor)
         self.declare_queue(actor.queue_name)
         actor.fn = storing(actor.fn, self._keep_result, self._disarm)
@@ -102,6 +118,10 @@ class StoreBroker(Broker):
         if self.pump is not None:
             self.pump.lanes_changed()
         self.emit_after("declare_actor", actor)
+
+    def get_actor(self, actor_name: str) -> Any:
+        """The actor of this name, our own included. Raises Dramatiq's ActorNotFound."""
+        return self._internal.get(actor_name) or super().get_actor(actor_name)
 
     def declare_queue(self, queue_name: str) -> None:
         """Declares a queue; one that is declared already is left as it is."""
@@ -221,6 +241,7 @@ class StoreBroker(Broker):
             current_delivery.set(delivery)
             if delivery is not None:
                 delivery.begun_at = time.monotonic()
+                delivery.thread = threading.get_ident()
         elif signal == "worker_boot":
             self._before_worker_boot(args[0])
         elif signal == "worker_shutdown":
@@ -261,6 +282,15 @@ class StoreBroker(Broker):
             self.store.write_chunks(delivery.held.id, f"r{delivery.held.attempt}", stored.chunks)
             stored = stored._replace(chunks=())
         delivery.result = stored
+
+    def pause_time_limit(self, delivery: Delivery) -> Callable[[], None]:
+        """Stops the clock of a job's time limit, unless it asks that waiting counts; what starts it again."""
+        actor = self.get_actor(delivery.actor_name)
+        counts = delivery.options.get("waits_count", actor.options.get("waits_count", False))
+        if delivery.thread is None or counts:
+            return lambda: None
+        resumes = [item.pause(delivery.thread) for item in self.middleware if isinstance(item, TimeLimit)]
+        return lambda: [resume() for resume in resumes] and None
 
     def _disarm(self) -> None:
         """In the thread of an actor call that has ended: no time limit may strike from here on."""
@@ -311,7 +341,14 @@ class StoreBroker(Broker):
         names = tuple(sorted(queues))
         lanes = self._lane_cache.get(names)
         if lanes is None:
-            lanes = [self.store.lane(queue, actor) for queue in names for actor in sorted(self.actors)]
+            actors = sorted(name for name in self.actors if name != LISTENER or self.functions)
+            lanes = [self.store.lane(queue, actor) for queue in names for actor in actors]
+            known, served = set(self.functions), set(map(quote, names))
+            lanes += [
+                (queue, lane)
+                for queue, lane, functions in self._function_lanes
+                if queue in served and known.issuperset(functions)
+            ]
             self._lane_cache[names] = lanes
         return lanes
 
@@ -328,18 +365,25 @@ class StoreBroker(Broker):
             "threads": self.worker.worker_threads if self.worker else 0,
             "queues": sorted(self.pump.live_queues()) if self.pump else [],
             "actors": sorted(self.actors),
+            "functions": sorted(map(quote, self.functions)),
+            "function_queues": sorted(map(quote, self.pump.live_queues())),
             "supervised": self._worker_id is not None,
             "python": platform.python_version(),
             "argv": sys.argv[:8],
         }
         self.store.start_worker(self.pump.worker, info, {name: actor.queue_name for name, actor in self.actors.items()})
+        # After that: from then on it is told of new ones.
+        self._function_lanes = self.store.function_lanes()
+        self._lane_cache = {}
 
     def _before_worker_boot(self, worker: dramatiq.Worker) -> None:
         self.worker = worker
         self.broken.clear()
         self.pump = self._new_pump()
         worker.work_queue = WorkQueue(self.pump)  # type: ignore[assignment]
-        self.pump.crew = _Threads(worker, self.broken)
+        self.beside = Beside(self, self.pump, worker)
+        self.pump.on_callbacks = self.beside.callbacks_waiting
+        self.pump.crew = _Threads(worker, self.beside, self.broken)
         # Where jobs go that were submitted by name before any worker had declared their actor.
         self.declare_queue("default")
         if self._worker_id is None:
@@ -351,6 +395,8 @@ class StoreBroker(Broker):
             self.pump.crew.booted = True
 
     def _before_worker_shutdown(self, worker: dramatiq.Worker) -> None:
+        if self.beside is not None:
+            self.beside.stop()
         if self.pump is not None:
             self.pump.stop_fetching()
             if isinstance(self.pump.crew, _Threads):
@@ -363,6 +409,9 @@ class StoreBroker(Broker):
         # Left in place, the stopped worker's own middleware would start a consumer for the next queue that is declared.
         self.middleware = [item for item in self.middleware if getattr(item, "worker", None) is not worker]
         pump, self.pump, self.worker = self.pump, None, None
+        beside, self.beside = self.beside, None
+        if beside is not None:
+            beside.join(self.settings.callback_timeout + 1)
         if self._helper is not None:
             # Before the worker is released: a beat after that would make it known again.
             self._helper.stop()
@@ -419,8 +468,9 @@ class StoreConsumer(Consumer):
 class _Threads:
     """A Worker's threads, as those who run the jobs of its pump."""
 
-    def __init__(self, worker: dramatiq.Worker, broken: threading.Event) -> None:
+    def __init__(self, worker: dramatiq.Worker, beside: Beside, broken: threading.Event) -> None:
         self.worker = worker
+        self.beside = beside
         self.broken = broken
         #: Whether all threads have been made, and none has been told to end.
         self.booted = False
@@ -440,7 +490,7 @@ class _Threads:
                     self.worker.worker_threads,
                 )
                 self.broken.set()
-        return 0 if self.broken.is_set() else self._alive - in_hand
+        return 0 if self.broken.is_set() else self._alive + self.beside.lent - in_hand
 
     def take_back(self) -> list[Delivery]:
         """The jobs that no thread has begun, taken out of the Worker's queue."""

@@ -73,7 +73,8 @@ class CurrentJob:
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody has asked to cancel this job: whatever it returns, it ends cancelled."""
+        """Whether somebody has asked to cancel this job: whatever it returns, it ends cancelled. `Cancelled` is raised in
+        it as well; this is for who catches that, or runs long in C."""
         return self._delivery.cancel_requested.is_set()
 
     def progress(self, value: object, note: str | None = None) -> None:
@@ -107,7 +108,7 @@ class CurrentJob:
         data = codec.encode(value, path="checkpoint", max_bytes=MAX_CHECKPOINT)
         held = self._delivery.held
         if self._broker.store.save_checkpoint(held.id, held.attempt, data, uuid.uuid4().hex[:12]):
-            self._delivery.cancel_requested.set()
+            self._delivery.cancel()
 
     def load_checkpoint(self) -> Any:
         """What `save_checkpoint` kept last in this or an earlier attempt, or None. Arrays in it are read-only."""

@@ -6,11 +6,13 @@ result (encoded inside the actor call), a retry that a middleware asked for, job
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import ctypes
 import functools
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ import dramatiq
 from dramatiq import Message, MessageProxy
 from dramatiq.middleware import SkipMessage
 from dramatiq.middleware.shutdown import Shutdown
+from dramatiq.middleware.threading import Interrupt, raise_thread_exception
 
 from .job import DeadReason, JobError, NewJob, Result, seconds
 from .store import Held, Settle
@@ -35,6 +38,11 @@ current_delivery: contextvars.ContextVar[Delivery | None] = contextvars.ContextV
 
 class HandBack(BaseException):
     """Raised in a job to give it back to its queue without a strike."""
+
+
+class Cancelled(Interrupt):
+    """Raised in a running job when it is cancelled, and in one that has been taken from its worker. A BaseException:
+    ``except Exception`` does not catch it. It is seen at the next line of Python: a call into C ends first."""
 
 
 class Retry(dramatiq.Retry):
@@ -74,8 +82,66 @@ class Delivery(MessageProxy):
         #: Whether the job has looked at ``stopping`` and seen it True.
         self.saw_stopping = False
         self.cancel_requested = threading.Event()
+        #: Why `Cancelled` is to be raised in the job; empty when it is not.
+        self.interrupt_reason = ""
+        #: Whether it was, and the job heeded it: nothing that hooks do because it "succeeded" is of any effect.
+        self.heeded = False
+        #: How many jobs it waits for now.
+        self.waits = 0
+        #: The thread that runs it.
+        self.thread: int | None = None
+        #: Called, in whatever thread, when the job is to look up from its waiting for another job.
+        self.wake_waiting: Callable[[], None] | None = None
+        self._running_in: int | None = None
+        # Held while an exception is raised: after `_leave` none can come any more.
+        self._interrupting = threading.Lock()
         #: The data for `CurrentJob`, made when the job first asks.
         self.context: Any = None
+
+    def cancel(self) -> None:
+        """Somebody has asked to cancel the job. Called in any thread."""
+        self.cancel_requested.set()
+        self.interrupt("the job was cancelled")
+
+    def interrupt(self, reason: str) -> None:
+        """Has `Cancelled` raised in the job: at once if it runs, else when it begins. Called in any thread."""
+        with self._interrupting:
+            if self.interrupt_reason:
+                return
+            self.interrupt_reason = reason
+            if self._running_in is not None and self.wake_waiting is None:
+                raise_thread_exception(self._running_in, Cancelled)
+            wake = self.wake_waiting
+        if wake is not None:
+            wake()
+
+    def check_interrupt(self) -> None:
+        """Raises `Cancelled` if that was asked for."""
+        if self.interrupt_reason:
+            raise Cancelled(self.interrupt_reason)
+
+    @contextlib.contextmanager
+    def waiting(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Within, an interruption calls `wake` instead of raising; who waits looks with `check_interrupt`."""
+        with self._interrupting:
+            self.wake_waiting = wake
+        try:
+            yield
+        finally:
+            with self._interrupting:
+                self.wake_waiting = None
+
+    def _enter(self) -> None:
+        with self._interrupting:
+            self._running_in = threading.get_ident()
+        self.check_interrupt()
+
+    def _leave(self) -> None:
+        with self._interrupting:
+            thread, self._running_in = self._running_in, None
+            if self.interrupt_reason and thread is not None:
+                # One that has not been seen yet must not strike what comes after the job.
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
 
     def error(self) -> JobError:
         """What went wrong, as it is kept on the record."""
@@ -93,6 +159,8 @@ class Delivery(MessageProxy):
         if self.handed_back or isinstance(exception, Shutdown):
             # Whatever Retries has made of it: the worker ends, the job has not failed.
             return Settle.give_back(job_id, attempt, common_of(self.progress))
+        if self.heeded or isinstance(exception, Cancelled):
+            return Settle.cancelled(job_id, attempt, common_of(self.progress))
         if not failed and self.retry_delay is not None:
             return Settle.reschedule(job_id, attempt, self.retry_delay, self.error(), common)
         if not failed and self.skipped:
@@ -145,13 +213,22 @@ def storing(
             return fn(*args, **kwargs)
         delivery.entered = True
         try:
-            value = fn(*args, **kwargs)
+            try:
+                delivery._enter()
+                value = fn(*args, **kwargs)
+            finally:
+                delivery._leave()
+                disarm()
         except HandBack:
             # Not passed on: Dramatiq would log it as a failure, and Retries count it.
             delivery.handed_back = True
             return None
-        finally:
+        except Cancelled:
+            # It may have struck in the middle of the two.
+            delivery._leave()
             disarm()
+            delivery.heeded = True
+            return None
         if value is None and delivery.saw_stopping:
             delivery.handed_back = True
             return None
@@ -162,4 +239,4 @@ def storing(
     return call
 
 
-__all__ = ["Delivery", "HandBack", "Retry", "current_delivery", "describe", "storing"]
+__all__ = ["Cancelled", "Delivery", "HandBack", "Retry", "current_delivery", "describe", "storing"]

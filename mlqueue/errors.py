@@ -12,6 +12,7 @@
     ├── StaleAttempt             the job has been taken over by a later attempt
     ├── JobFailed                the awaited job ended dead
     │   └── JobCancelled         the awaited job was cancelled
+    ├── WaitCycle                a job waits for one that waits for it
     ├── ResultTimeout            the job did not end in time (also a TimeoutError)
     ├── ResultMissing            the job has no result (not ended, or expired)
     ├── NoCurrentJob             current_job() outside a job
@@ -49,6 +50,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreUnavailable",
+    "WaitCycle",
 ]
 
 
@@ -158,6 +160,21 @@ class JobCancelled(JobFailed):
     """The job was cancelled."""
 
     status = 409
+
+
+class WaitCycle(MLQueueError, RuntimeError):
+    """A job waits for one that waits for it: neither would ever go on."""
+
+    status = 409
+
+    @classmethod
+    def of(cls, chain: list[str]) -> WaitCycle:
+        """The error for jobs of which each waits for the next, or is the child of the next."""
+        return cls(
+            f"job {chain[0]} waits for {chain[-1] if chain[-1] != chain[0] else chain[1]}, which is waiting for it or is "
+            f"an ancestor of it: {' -> '.join(chain)}. Neither would ever go on; have the other one read the result, or "
+            "submit the rest of the work as a job of its own."
+        )
 
 
 class ResultTimeout(MLQueueError, TimeoutError):

@@ -11,9 +11,11 @@ from typing import Any, Generic, TypeVar, cast
 from . import codec
 from .errors import JobCancelled, JobFailed, MLQueueError, ResultTimeout
 from .job import JobError, JobRecord, Result, State, seconds
+from .message import check_options
+from .nested import await_end, wait_end
 from .store import Store
 from .store.store import Outcome
-from .waiting import changes, wait_for, wait_for_async, wait_for_end
+from .waiting import changes
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -76,20 +78,23 @@ class Job(Generic[R_co]):
     def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Waits until the job has ended; False when `timeout` seconds pass first."""
         self._refuse_on_event_loop("wait")
-        return wait_for(self._store, self.id, seconds(timeout, "timeout"))
+        return wait_end(self._store, self.id, seconds(timeout, "timeout")) is not None
 
     def result(self, timeout: float | timedelta | None = None) -> R_co:
         """Waits for the job and returns its full result.
 
         Raises `JobFailed` (with the worker's traceback in ``remote_traceback`` and in its notes) when it is dead,
         `JobCancelled`, `ResultTimeout` after `timeout` seconds (None: waits for ever), `JobNotFound`.
+
+        Inside a job it may be called too: the worker runs the other one meanwhile, or further jobs. There it raises
+        `WaitCycle` for a job that waits for this one, or is an ancestor of it.
         """
         return cast(R_co, self.full_result(timeout).full)
 
     def full_result(self, timeout: float | timedelta | None = None) -> Result:
         """As `result`, but the whole `Result`: short, full and content type."""
         self._refuse_on_event_loop("result")
-        end = wait_for_end(self._store, self.id, seconds(timeout, "timeout"))
+        end = wait_end(self._store, self.id, seconds(timeout, "timeout"))
         if end is None:
             raise self._timed_out(timeout)
         if end[:1] == b"s" and len(end) > 1:
@@ -135,6 +140,15 @@ class Job(Generic[R_co]):
         """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""
         return self._store.cancel(self.id)
 
+    def redeliver(self, url: str | None = None) -> None:
+        """Has the callback of the ended job delivered again, to `url` where one is given.
+
+        Raises `InvalidTransition` for a job that has not ended or has no callback.
+        """
+        if url is not None:
+            check_options({"callback": url})
+        self._store.redeliver(self.id, url or "")
+
     def retry(self) -> None:
         """Puts a dead or cancelled job back into its queue. Raises `InvalidTransition` for any other."""
         self._store.retry(self.id)
@@ -143,7 +157,7 @@ class Job(Generic[R_co]):
         return self._await().__await__()
 
     async def _await(self) -> R_co:
-        await wait_for_async(self._store, self.id)
+        await await_end(self._store, self.id)
         outcome = await asyncio.to_thread(self._store.outcome, self.id)
         return cast(R_co, self._open(outcome).full)
 

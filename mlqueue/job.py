@@ -107,6 +107,33 @@ class Attempt:
     error: JobError | None
 
 
+class CallbackState(StrEnum):
+    """How the callback of a job stands."""
+
+    #: The job has ended; it is to be delivered, or tried again.
+    PENDING = "pending"
+    #: The receiver has answered 2xx.
+    DELIVERED = "delivered"
+    #: It was given up: refused, or tried as often as it may be.
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CallbackAttempt:
+    """A try to deliver a callback."""
+
+    #: When it began; Unix seconds.
+    at: float
+    #: How long it took, in seconds.
+    seconds: float
+    #: The HTTP status of the answer; None when there was none.
+    status: int | None
+    #: What went wrong; empty when it was delivered.
+    error: str
+    #: The incarnation of the worker that tried.
+    worker: str
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
     """What an actor returns to part a short result from a full one.
@@ -179,6 +206,10 @@ class NewJob:
     functions: tuple[str, ...] = ()
     max_crashes: int | None = None
     max_stalls: int | None = None
+    #: A URL to be fetched when it has ended.
+    callback: str | None = None
+    #: Seconds after which a running attempt is given up and the job started anew.
+    job_timeout: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +254,21 @@ class JobRecord:
     content_type: str | None = None
     #: Attempts that did not succeed, oldest first; at most 50.
     attempts: tuple[Attempt, ...] = ()
+    #: The functions that it is for (MLQ's listeners); empty for an actor's job, and where all are to run.
+    functions: tuple[str, ...] = ()
+    #: How often it was given up because it ran longer than its timeout.
+    timeouts: int = 0
+    #: Its own timeout in seconds; None when it has none (a reaper may bind one to the namespace).
+    job_timeout: float | None = None
+    #: The id of the job that it waits for now.
+    waits_for: str | None = None
+    #: How its cancelling ended it: ``waiting`` (it never ran), ``raised`` (it was stopped), ``ended`` (it had ended by
+    #: itself by then), ``lost`` (its worker was); None unless it is cancelled.
+    cancel_stage: str | None = None
+    #: The URL that is fetched when it has ended, and how that stands; with the full record only.
+    callback: str | None = None
+    callback_state: CallbackState | None = None
+    callback_attempts: tuple[CallbackAttempt, ...] = ()
 
     def asdict(self) -> dict[str, Any]:
         """The record as plain values, for JSON."""

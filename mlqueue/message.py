@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from dramatiq import Message
 
@@ -19,7 +20,22 @@ from .settings import Settings
 from .store import Held
 
 #: Options that become fields of the record rather than part of the body.
-LIFTED: Final = frozenset({"priority", "result_ttl", "tags", "parent", "max_crashes", "max_stalls"})
+LIFTED: Final = frozenset(
+    {
+        "priority",
+        "result_ttl",
+        "tags",
+        "parent",
+        "max_crashes",
+        "max_stalls",
+        "callback",
+        "functions",
+        "job_timeout",
+    }
+)
+
+#: The longest URL of a callback, in characters.
+MAX_URL: Final = 2048
 
 
 def _is_number(value: object) -> bool:
@@ -28,6 +44,26 @@ def _is_number(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_url(value: object) -> bool:
+    """Whether a callback may be asked for it. Where its host leads to is checked when it is called."""
+    if not isinstance(value, str) or len(value) > MAX_URL or not value.isprintable() or " " in value:
+        return False
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018 - reading it checks it
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+
+
+def _are_functions(value: object) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and 0 < len(value) <= 100
+        and all(isinstance(name, str) and 0 < len(name) <= 200 for name in value)
+    )
 
 
 def _is_message(value: object) -> bool:
@@ -77,6 +113,16 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     ),
     "max_crashes": (lambda value: _is_count(value) and value > 0, "an int, 1 or more"),
     "max_stalls": (lambda value: _is_count(value) and value > 0, "an int, 1 or more"),
+    "callback": (
+        lambda value: value is None or _is_url(value),
+        f"a URL, http:// or https:// with a host and without a user, of at most {MAX_URL:,} characters",
+    ),
+    "functions": (
+        lambda value: value is None or _are_functions(value),
+        "a list of 1 to 100 names of functions, or None for all",
+    ),
+    "job_timeout": (lambda value: value is None or (_is_number(value) and value > 0), "seconds (more than 0), or None"),
+    "waits_count": (lambda value: isinstance(value, bool), "a bool"),
 }
 
 
@@ -122,6 +168,9 @@ def to_job(
         tags=tuple(options.get("tags", ())),
         max_crashes=options.get("max_crashes"),
         max_stalls=options.get("max_stalls"),
+        callback=options.get("callback"),
+        functions=tuple(options.get("functions") or ()),
+        job_timeout=options.get("job_timeout"),
     )
 
 

@@ -97,7 +97,7 @@ class ProgressWriter:
                     delivery.held.id,
                 )
             elif answer == 2:
-                delivery.cancel_requested.set()
+                delivery.cancel()
 
 
 def plain_value(value: object) -> int | float | str | None:

@@ -170,6 +170,10 @@ class Pump:
         self._tls = False
         self._full_since: float | None = None
         self._ended = False
+        #: Jobs that run beside the Worker's threads, by id.
+        self.beside: dict[str, Delivery] = {}
+        #: Called when callbacks wait to be delivered; None when nobody here does that.
+        self.on_callbacks: Callable[[], None] | None = None
         #: The job in hand that no other may run beside.
         self._alone: str | None = None
         self._rung = True
@@ -275,10 +279,11 @@ class Pump:
         """Hands over the end of an attempt; returns when it is committed if `wait`, or if nobody leads."""
         entry = Unsettled(settle, threading.Event() if wait else None)
         now = time.monotonic()
-        if delivery.begun_at is not None:
-            self._pace.ran(now - delivery.begun_at)
         with self._condition:
-            self.in_hand.pop(delivery.held.id, None)
+            if self.in_hand.pop(delivery.held.id, None) is None:
+                self.beside.pop(delivery.held.id, None)
+            elif delivery.begun_at is not None:
+                self._pace.ran(now - delivery.begun_at)
             if not self._unsettled:
                 self._unsettled_since = now
             self._unsettled.append(entry)
@@ -293,6 +298,22 @@ class Pump:
         if entry.committed is not None:
             entry.committed.wait()
 
+    def take_beside(self, held: Held) -> Delivery | None:
+        """A job that runs beside the Worker's threads; None for one that cannot be decoded, and is dead."""
+        try:
+            delivery = self._deliver(held)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's alone
+            self._bury_undecodable(held, error)
+            self.wake()
+            return None
+        with self._condition:
+            self.beside[held.id] = delivery
+        return delivery
+
+    def lanes(self) -> list[tuple[str, str]]:
+        """The lanes that this worker takes jobs from; none while it stops."""
+        return [] if self.stopping else self._lanes(self.live_queues())
+
     def wake(self) -> None:
         """Makes the leader look again."""
         self._look = True
@@ -301,6 +322,11 @@ class Pump:
                 os.write(self._wake_write, b"\0")
             except BlockingIOError:
                 pass  # the pipe is full: it will look
+
+    def look_again(self) -> None:
+        """There may be room for another job: the leader asks for one."""
+        self._rung = True
+        self.wake()
 
     def lanes_changed(self) -> None:
         """There are other lanes to fetch from: an actor has been declared, or a queue's consumer has begun."""
@@ -347,14 +373,14 @@ class Pump:
         """Returns when no job is in hand and everything that was done is committed."""
         while True:
             with self._condition:
-                if not (self.in_hand or self._unsettled or self._committing or self._in_doubt()):
+                if not (self.in_hand or self.beside or self._unsettled or self._committing or self._in_doubt()):
                     return
                 led = any(self._active.values())
                 if led:
                     self._condition.wait(0.05)
             if not led:
                 self.commit()
-                time.sleep(0.01 if self.in_hand else 0)
+                time.sleep(0.01 if self.in_hand or self.beside else 0)
 
     def give_back(self, deliveries: Iterable[Delivery]) -> None:
         """Returns jobs that did not start to their queues, without a strike."""
@@ -532,6 +558,8 @@ class Pump:
         self._hungry = turn.left
         if not turn.known:
             self._unknown = self._rung = True
+        if turn.callbacks and self.on_callbacks is not None:
+            self.on_callbacks()
         bad: list[tuple[Held, Exception]] = []
         with self._condition:
             for held in turn.jobs:
@@ -684,6 +712,8 @@ class Pump:
             self._bell = self.store.connector.connection()
             self._tls = isinstance(self._bell, redis.SSLConnection)
         keys = [self.store.own_bell(self.worker), *map(self.store.bell, lanes)]
+        if self.on_callbacks is not None and not self.stopping:
+            keys.append(self.store.callback_bell)
         self._bell.send_command("BLPOP", *keys, SLICE)
         self._armed_until = now + SLICE + self.store.settings.socket_timeout
         self._armed = "lanes" if lanes else "own"
@@ -702,14 +732,31 @@ class Pump:
         self._armed = ""
         if answer is None:
             return
-        key, token = answer
-        if key.decode() != self.store.own_bell(self.worker):
+        key, token = answer[0].decode(), answer[1].decode()
+        if key == self.store.callback_bell:
+            if self.on_callbacks is not None:
+                self.on_callbacks()
+        elif key != self.store.own_bell(self.worker):
             self._rung = True
-            return
-        if token[:1] == b"c":
-            delivery = self.in_hand.get(token[1:].decode())
-            if delivery is not None:
-                delivery.cancel_requested.set()
+        elif token[:1] == "l":
+            self.lanes_changed()  # there is a list of functions that this worker may have
+        elif token[:1] == "c":
+            self._interrupt(token[1:], lambda delivery: delivery.cancel())
+        elif token[:1] == "t":
+            attempt, _, job_id = token[1:].partition(" ")
+            self._interrupt(
+                job_id,
+                lambda delivery: (
+                    delivery.interrupt("the job ran longer than its timeout and was given to others")
+                    if delivery.held.attempt == int(attempt)
+                    else None
+                ),
+            )
+
+    def _interrupt(self, job_id: str, act: Callable[[Delivery], None]) -> None:
+        delivery = self.in_hand.get(job_id) or self.beside.get(job_id)
+        if delivery is not None:
+            act(delivery)
 
 
 def _pipe() -> tuple[int, int]:

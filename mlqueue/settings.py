@@ -332,6 +332,35 @@ class Settings:
             none="for ever",
         ),
     )
+    dead_ttl: float | None = field(
+        default=None,
+        metadata=_about(
+            "How long dead letters are kept.",
+            _Duration(1.0, 36500 * _DAY),
+            none="for ever",
+        ),
+    )
+    function_timeout: float = field(
+        default=60.0,
+        metadata=_about(
+            "How long a job waits for functions that no worker of its queue has, while there are workers, until it is "
+            "dead.",
+            _Duration(0, 365 * _DAY),
+        ),
+    )
+    callback_allow: str | None = field(
+        default=None,
+        metadata=_about(
+            "Which addresses that are not public callbacks may go to: networks (10.1.2.0/24), hosts, `loopback`, "
+            "`private`, parted by commas. Loopback is allowed by itself with the embedded server.",
+            _Text(),
+            none="public addresses only",
+        ),
+    )
+    callback_timeout: float = field(
+        default=10.0,
+        metadata=_about("How long one try to deliver a callback may take, all in all.", _Duration(0.1, 10 * _MINUTE)),
+    )
     max_crashes: int = field(
         default=3,
         metadata=_about("How often a job may bring down the process it runs in until it is dead.", _Count(1, 10**6)),

@@ -147,6 +147,15 @@ class Bell:
             if subscription.notify is not None:
                 subscription.notify()
 
+    def poke(self, subscription: Subscription) -> None:
+        """Has who waits look up, as if the bell had rung for its job."""
+        with self._condition:
+            subscription.rings += 1
+            self._condition.notify_all()
+        # The leader hears of it from the bell alone.
+        with contextlib.suppress(StoreError):
+            self._store.connector.execute("RPUSH", self._store.own_bell(self.name), subscription.job_id, patience=0)
+
     def close(self) -> None:
         """Ends the wait that is under way, and lets the connection go. The bell can be used again."""
         with self._condition:
@@ -243,8 +252,9 @@ def wait_for_end(store: Store, job_id: str, timeout: float | None = None) -> byt
         bell.unsubscribe(subscription)
 
 
-async def wait_for_async(store: Store, job_id: str) -> None:
-    """Waits until a job has ended while the event loop goes on; ``asyncio.timeout`` bounds it. Raises `JobNotFound`."""
+@contextlib.contextmanager
+def listening_async(bell: Bell, job_id: str) -> Iterator[tuple[Subscription, asyncio.Event]]:
+    """A subscription for a coroutine, and the event that is set at each ring."""
     loop = asyncio.get_running_loop()
     rung = asyncio.Event()
 
@@ -252,9 +262,17 @@ async def wait_for_async(store: Store, job_id: str) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended; nobody waits any more
             loop.call_soon_threadsafe(rung.set)
 
-    bell = bell_of(store)
     subscription = bell.subscribe(job_id, notify)
     try:
+        yield subscription, rung
+    finally:
+        bell.unsubscribe(subscription)
+
+
+async def wait_for_async(store: Store, job_id: str) -> None:
+    """Waits until a job has ended while the event loop goes on; ``asyncio.timeout`` bounds it. Raises `JobNotFound`."""
+    bell = bell_of(store)
+    with listening_async(bell, job_id) as (_, rung):
         while True:
             rung.clear()
             state = await asyncio.to_thread(store.watch, job_id, bell.name)
@@ -262,8 +280,6 @@ async def wait_for_async(store: Store, job_id: str) -> None:
                 return
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(rung.wait(), LOOK_AGAIN)
-    finally:
-        bell.unsubscribe(subscription)
 
 
 def changes(store: Store, job_id: str, timeout: float | None = None) -> Iterator[State]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import dramatiq.middleware
@@ -19,6 +20,9 @@ from ..store import Store
 
 #: How often running jobs are compared with their limits, in milliseconds.
 INTERVAL_MS: Final = 100
+
+#: The deadline of a thread whose clock does not run; later than any other, and not that of one which was interrupted.
+PAUSED: Final = 1e300
 
 #: How long the thread that compares them stays when there are none, in seconds.
 LINGER: Final = 10
@@ -71,6 +75,10 @@ class TimeLimit(dramatiq.middleware.TimeLimit):
 
     after_skip_message = after_process_message
 
+    def pause(self, thread: int) -> Callable[[], None]:
+        """Stops the clock of a thread's job; what starts it again."""
+        return self.deadlines.pause(thread)
+
     def disarm(self) -> None:
         """The actor call has returned: from here on the limit must not strike. Called in the job's thread."""
         self.deadlines.clear()
@@ -96,6 +104,22 @@ class Deadlines:
                 self._thread = threading.Thread(target=self._run, name="mlqueue-time-limit", daemon=True)
                 self._thread.start()
         self._work.set()
+
+    def pause(self, thread: int) -> Callable[[], None]:
+        """Stops the clock of a thread; what starts it again, with the time that was left."""
+        paused_at = time.monotonic()
+        with self._lock:
+            deadline = self._deadlines.get(thread)
+            if deadline is None or deadline == float("inf"):
+                return lambda: None
+            self._deadlines[thread] = PAUSED
+
+        def resume() -> None:
+            with self._lock:
+                if self._deadlines.get(thread) == PAUSED:
+                    self._deadlines[thread] = deadline + time.monotonic() - paused_at
+
+        return resume
 
     def clear(self) -> None:
         """Takes the deadline of this thread back, and an interruption that is on its way."""

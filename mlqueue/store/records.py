@@ -11,7 +11,7 @@ import msgpack
 
 from .. import codec
 from ..errors import InvalidJob
-from ..job import Attempt, DeadReason, JobError, JobRecord, NewJob, State
+from ..job import Attempt, CallbackAttempt, CallbackState, DeadReason, JobError, JobRecord, NewJob, State
 
 #: The letters that the scripts know the states by.
 LETTERS: Final = {
@@ -23,6 +23,13 @@ LETTERS: Final = {
     State.CANCELLED: "c",
 }
 STATES: Final = {letter.encode(): state for state, letter in LETTERS.items()}
+
+#: The queue in which callbacks wait to be delivered, and the actor that delivers them.
+CALLBACKS: Final = "mlqueue.callbacks"
+CALLBACK: Final = "mlqueue.callback"
+
+#: The letters that the scripts know a callback's states by.
+CALLBACK_STATES: Final = {b"p": CallbackState.PENDING, b"d": CallbackState.DELIVERED, b"f": CallbackState.FAILED}
 
 #: The lowest and the highest priority: with the job's number it must fit a sorted set's score.
 PRIORITIES: Final = range(-1000, 1001)
@@ -49,6 +56,12 @@ def lane_of(actor: str, functions: Sequence[str]) -> str:
     if not functions:
         return quote(actor)
     return f"{quote(actor)}|{','.join(quote(name) for name in functions)}"
+
+
+def functions_of(lane: str) -> tuple[str, ...]:
+    """The functions that a lane, quoted, asks for."""
+    names = lane.partition("|")[2]
+    return tuple(_unquote(name) for name in names.split(",")) if names else ()
 
 
 def milliseconds(value: float | None) -> int:
@@ -79,7 +92,42 @@ def new_item(job: NewJob) -> list[object]:
         [quote(tag) for tag in job.tags] or False,
         job.max_crashes or False,
         job.max_stalls or False,
+        job.callback or False,
+        False if job.job_timeout is None else milliseconds(job.job_timeout),
     ]
+
+
+def pack_dead(job: NewJob, record: JobRecord) -> bytes:
+    """A dead job and what is known of it, as import.lua takes it."""
+    item = [
+        new_item(job),
+        record.attempt,
+        record.retries,
+        record.crashes,
+        record.stalls,
+        record.worker or "",
+        milliseconds(record.created_at),
+        milliseconds(record.started_at) if record.started_at else 0,
+        milliseconds(record.finished_at) if record.finished_at else 0,
+        str(record.dead_reason or DeadReason.FAILED),
+        encode_error(record.error or JobError(type="", message="")),
+        [_pack_attempt(attempt) for attempt in record.attempts],
+    ]
+    return pack(item)
+
+
+def _pack_attempt(attempt: Attempt) -> bytes:
+    error = encode_error(attempt.error) if attempt.error else b""
+    return pack(
+        [
+            attempt.attempt,
+            attempt.worker,
+            milliseconds(attempt.started_at),
+            milliseconds(attempt.ended_at),
+            attempt.outcome,
+            error,
+        ]
+    )
 
 
 def flat(answer: Sequence[Any]) -> dict[bytes, Any]:
@@ -106,6 +154,8 @@ def decode_record(
     error: bytes = b"",
     attempts: Sequence[bytes] = (),
     position: int = -1,
+    callback: Mapping[bytes, bytes] | None = None,
+    tries: Sequence[bytes] = (),
 ) -> JobRecord:
     """The record of a job from its hash and what lies beside it."""
 
@@ -146,6 +196,14 @@ def decode_record(
         short_result=short,
         content_type=content_type,
         attempts=tuple(_attempt(item) for item in attempts),
+        functions=functions_of(fields[b"l"].decode()) if b"l" in fields else (),
+        timeouts=number(b"O"),
+        job_timeout=seconds(b"J"),
+        waits_for=fields[b"A"].decode() if b"A" in fields else None,
+        cancel_stage=fields[b"h"].decode() if b"h" in fields else None,
+        callback=callback[b"u"].decode() if callback and b"u" in callback else None,
+        callback_state=CALLBACK_STATES.get(callback.get(b"s", b"")) if callback else None,
+        callback_attempts=tuple(_callback_attempt(item) for item in tries),
     )
 
 
@@ -168,3 +226,13 @@ def _attempt(data: bytes) -> Attempt:
         outcome=outcome.decode(),
         error=decode_error(error),
     )
+
+
+def pack_callback_attempt(attempt: CallbackAttempt) -> bytes:
+    """A try to deliver a callback, as the store keeps it."""
+    return codec.encode([attempt.at, attempt.seconds, attempt.status, attempt.error, attempt.worker])
+
+
+def _callback_attempt(data: bytes) -> CallbackAttempt:
+    at, seconds, status, error, worker = codec.decode(data)
+    return CallbackAttempt(at=at, seconds=seconds, status=status, error=error, worker=worker)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -21,17 +22,21 @@ from ..errors import (
     ResultMissing,
     StaleAttempt,
     StoreError,
+    WaitCycle,
 )
 from ..job import JobError, JobRecord, NewJob, Result, State
 from ..settings import Settings
 from .connection import Connector
 from .records import (
+    CALLBACK,
+    CALLBACKS,
     LETTERS,
     STATES,
     decode_error,
     decode_record,
     encode_error,
     flat,
+    functions_of,
     lane_of,
     milliseconds,
     new_item,
@@ -95,6 +100,8 @@ class Turn(NamedTuple):
     left: bool
     #: Whether the store knows this worker's info; if not it was released, and says hello again.
     known: bool
+    #: How many callbacks wait to be delivered.
+    callbacks: int
 
 
 class Settle:
@@ -274,9 +281,49 @@ class Store:
 
     def read_turn(self, answer: list[Any]) -> Turn:
         """What a turn answered."""
-        now, next_due, refused, jobs, left, known = answer
+        now, next_due, refused, jobs, left, known, callbacks = answer
         self._clock_offset = now / 1000 - time.time()
-        return Turn(now, next_due, _refusals(refused), [_held(job) for job in jobs], left == 1, known == 1)
+        return Turn(now, next_due, _refusals(refused), [_held(job) for job in jobs], left == 1, known == 1, callbacks)
+
+    def await_job(
+        self,
+        waiter: tuple[str, int],
+        target: str,
+        bell: str,
+        *,
+        worker: str,
+        nonce: str,
+        may_start: bool,
+        lanes: Sequence[tuple[str, str]],
+    ) -> Awaited:
+        """Has a job, `waiter` (id and attempt), wait for another one, which its worker is given if that may start it.
+
+        Raises `JobNotFound`, and `WaitCycle` when nobody would ever go on.
+        """
+        names = [part for lane in lanes for part in lane]
+        answer = self._run("await", *waiter, target, bell, worker, nonce, int(may_start), *names)
+        if answer is None:
+            raise JobNotFound.of(target, self.namespace)
+        letter, chain, jobs, holder = answer
+        if chain:
+            raise WaitCycle.of([job_id.decode() for job_id in chain])
+        return Awaited(STATES[letter], [_held(job) for job in jobs], holder.decode())
+
+    def stop_awaiting(self, waiter: str) -> None:
+        """A job waits for no other any more."""
+        self.connector.execute("HDEL", f"{self.root}:j:{waiter}", "A")
+
+    def claim_callbacks(self, worker: str, nonce: str, limit: int) -> list[Held]:
+        """Starts callbacks that wait to be delivered; called with the same nonce again it gives the same."""
+        return [_held(job) for job in self._run("claim", worker, nonce, limit)]
+
+    def function_lanes(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Lanes with a list of functions: queue and lane, quoted, and the functions."""
+        lanes = []
+        for name in self.connector.execute("SMEMBERS", f"{self.root}:fl"):
+            queue, _, lane = name.decode().partition(":")
+            lanes.append((queue, lane, functions_of(lane)))
+        return sorted(lanes)
 
     def settle(self, settles: Sequence[Settle]) -> list[tuple[int, str]]:
         """Settles jobs outside a turn; those that were refused: position, and ``stale`` or ``error ...``."""
@@ -289,6 +336,11 @@ class Store:
     def bell(self, lane: tuple[str, str]) -> str:
         """The key of a lane's doorbell."""
         return f"{self.root}:bell:{lane[0]}:{lane[1]}"
+
+    @property
+    def callback_bell(self) -> str:
+        """The key of the doorbell that callbacks ring."""
+        return self.bell((CALLBACKS, CALLBACK))
 
     def own_bell(self, name: str) -> str:
         """The key of a worker's or waiter's own bell."""
@@ -357,10 +409,21 @@ class Store:
             self.settings.max_crashes,
             self.settings.max_stalls,
             milliseconds(GAP),
+            milliseconds(self.settings.dead_ttl),
+            milliseconds(self.settings.function_timeout),
         )
         elected, wait, outcomes = answer
         released = {job.decode(): outcome.decode() for job, outcome in flat(outcomes).items()}
         return Sweep(elected == 1, wait / 1000 if wait >= 0 else None, released)
+
+    def bind_timeout(self, who: str, timeout: float, most: int, holds: float) -> None:
+        """Binds a timeout to all jobs of the namespace that have none of their own, for `holds` seconds unless it is
+        bound again; at the end after `most` timeouts a job is dead."""
+        self._run("bind", who, milliseconds(timeout), most, milliseconds(holds))
+
+    def unbind_timeout(self, who: str) -> None:
+        """Ends what `bind_timeout` began."""
+        self._run("bind", who, 0, 0, 0)
 
     def workers(self) -> list[WorkerInfo]:
         """The workers whose lease has not ended, or whose jobs have not been taken from them yet."""
@@ -383,9 +446,10 @@ class Store:
             raise JobNotFound.of(job_id, self.namespace)
         return STATES[answer]
 
-    def retry(self, job_id: str) -> None:
-        """Puts a dead or cancelled job back into its queue, its counts at nought."""
-        answer = self._run("retry", job_id)
+    def retry(self, job_id: str, body: bytes = b"") -> None:
+        """Puts a dead or cancelled job back into its queue, its counts at nought; with another body where one is
+        given."""
+        answer = self._run("retry", job_id, body, uuid.uuid4().hex)
         if answer is None:
             raise JobNotFound.of(job_id, self.namespace)
         state = STATES[answer]
@@ -394,6 +458,28 @@ class Store:
                 f"job {job_id} is {state}; only a dead or cancelled job can be retried. "
                 + ("Submit it anew to run it again." if state.ended else "Wait for its end, or cancel it first.")
             )
+
+    def redeliver(self, job_id: str, url: str = "") -> None:
+        """Has the callback of an ended job delivered again; to another URL where one is given."""
+        answer = self._run("redeliver", job_id, url, uuid.uuid4().hex[:8])
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        if answer == b"-":
+            raise InvalidTransition(f"job {job_id} has no callback. Give the URL to call: redeliver(url=...).")
+        if not STATES[answer].ended:
+            raise InvalidTransition(f"job {job_id} is {STATES[answer]}; its callback is delivered when it has ended.")
+
+    def note_callback(self, job_id: str, state: str, attempt: bytes) -> bool:
+        """Notes a try to deliver the callback of a job; False when the job is gone."""
+        return bool(self._run("note_callback", job_id, state, attempt))
+
+    def import_dead(self, items: Sequence[bytes]) -> list[bool]:
+        """Creates dead jobs (see `records.pack_dead`); for each whether it was new."""
+        made = self._run("import", *items) if items else []
+        for answer in made:
+            if isinstance(answer, bytes):
+                raise StoreError(f"the store would not take a dead letter: {answer.decode(errors='replace')}")
+        return [answer == 1 for answer in made]
 
     def remove(self, job_ids: Sequence[str]) -> int:
         """Forgets jobs that are not running; how many it forgot."""
@@ -422,14 +508,16 @@ class Store:
         """The records of jobs; None for each that there is none of."""
         if not job_ids:
             return []
-        answer = self._run("read", "sepa" if full else "sep", *job_ids)
-        return [
-            item
-            and decode_record(
-                job_id, flat(item[0]), result=flat(item[2]), error=item[3] or b"", attempts=item[4], position=item[5]
-            )
-            for job_id, item in zip(job_ids, answer, strict=True)
-        ]
+        answer = self._run("read", "sepac" if full else "sep", *job_ids)
+        return [item and _record(job_id, item) for job_id, item in zip(job_ids, answer, strict=True)]
+
+    def details(self, job_id: str) -> tuple[JobRecord, bytes, Outcome]:
+        """All that is known of a job: its record, its body, and what it has ended with."""
+        item = self._run("read", "brepac", job_id)[0]
+        if item is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        fields = flat(item[0])
+        return _record(job_id, item), fields.get(b"b") or item[1] or b"", self._outcome(job_id, item)
 
     def body(self, job_id: str) -> bytes:
         """The arguments and options of a job, encoded."""
@@ -445,6 +533,9 @@ class Store:
         item = self._run("read", "re", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
+        return self._outcome(job_id, item)
+
+    def _outcome(self, job_id: str, item: list[Any]) -> Outcome:
         fields, result = flat(item[0]), flat(item[2])
         state = STATES[fields[b"s"]]
         reason = fields[b"g"].decode() if b"g" in fields else ""
@@ -502,13 +593,14 @@ class Store:
             cursor = page.cursor
 
     def counts(self) -> list[Count]:
-        """How many jobs there are, by state, queue and actor."""
+        """How many jobs there are, by state, queue and actor. Callbacks to be delivered are not counted."""
         totals: dict[tuple[State, str, str], int] = {}
         for name, number in flat(self._run("count")).items():
             letter, queue, lane = name.split(b":", 2)
             state = STATES[letter.replace(b"i", b"q")]
             key = (state, unquote(queue), unquote(lane.partition(b"|")[0]))
-            totals[key] = totals.get(key, 0) + number
+            if key[1] != CALLBACKS:
+                totals[key] = totals.get(key, 0) + number
         return [Count(*key, number) for key, number in sorted(totals.items()) if number]
 
     # Waiting
@@ -529,13 +621,42 @@ class Store:
 
     def put_data(self, key: str, value: bytes, expiry: float | None = None) -> None:
         """Keeps bytes under a key of this namespace, for `expiry` seconds or for ever."""
-        options = () if expiry is None else ("PX", milliseconds(expiry))
-        self.connector.execute("SET", f"{self.root}:data:{quote(key)}", value, *options)
+        generation = uuid.uuid4().hex[:12]
+        name = quote(key)
+        count = 0
+        if len(value) > CHUNK:
+            for start in range(0, len(value), CHUNK):
+                chunk = value[start : start + CHUNK]
+                self.connector.execute("SET", self._data_key(name, generation, count), chunk, "EX", CHUNK_TTL)
+                count += 1
+        inline = b"" if count else value
+        self._run("put_data", name, generation, len(value), inline, count, milliseconds(expiry))
 
     def get_data(self, key: str) -> bytes | None:
         """The bytes kept under a key, or None."""
-        value: bytes | None = self.connector.execute("GET", f"{self.root}:data:{quote(key)}")
-        return value
+        name = quote(key)
+        while True:
+            fields = flat(self.connector.execute("HGETALL", f"{self.root}:data:{name}"))
+            if not fields:
+                return None
+            if b"n" not in fields:
+                return bytes(fields[b"v"])
+            generation, count = fields[b"g"].decode(), int(fields[b"n"])
+            joined = bytearray()
+            for number in range(count):
+                chunk = self.connector.execute("GET", self._data_key(name, generation, number))
+                if chunk is None:
+                    break  # it has been replaced, or has expired, meanwhile: look again
+                joined += chunk
+            else:
+                return bytes(joined)
+
+    def drop_data(self, key: str) -> bool:
+        """Forgets what is kept under a key; False when there was nothing."""
+        return bool(self._run("drop_data", quote(key)))
+
+    def _data_key(self, name: str, generation: str, number: int) -> str:
+        return f"{self.root}:data:{name}:{generation}:{number}"
 
     def now(self) -> float:
         """The server's clock in Unix seconds, as far as this process has seen it."""
@@ -558,6 +679,16 @@ class Store:
             joined[position : position + len(chunk)] = chunk
             position += len(chunk)
         return bytes(joined)
+
+
+class Awaited(NamedTuple):
+    """How a job stands that another one waits for."""
+
+    state: State
+    #: The job itself, when it was handed over to the waiting one's worker: none or one.
+    jobs: list[Held]
+    #: The worker that runs it; empty when none does.
+    worker: str
 
 
 class Outcome(NamedTuple):
@@ -601,6 +732,20 @@ def _batches(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
         size += len(item)
     if batch:
         yield batch
+
+
+def _record(job_id: str, item: list[Any]) -> JobRecord:
+    fields, _, result, error, attempts, position, callback, tries = item
+    return decode_record(
+        job_id,
+        flat(fields),
+        result=flat(result),
+        error=error or b"",
+        attempts=attempts,
+        position=position,
+        callback=flat(callback),
+        tries=tries,
+    )
 
 
 def _refusals(answer: list[Any]) -> list[tuple[int, str]]:

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: queue moves ends
+-- parts: queue moves create ends
 -- ARGV: id. A waiting job ends cancelled; a running one gets the flag and its worker is told. Returns the state that
 -- the job was in, or false.
 local id = ARGV[1]
@@ -11,7 +11,7 @@ if rec.state == 'q' or rec.state == 'w' then
   unshelve(rec.state, rec, id)
   unshelve('i', rec, id)
   call('ZREM', R .. ':sched', id)
-  cancelled(id, rec)
+  cancelled(id, rec, 'waiting')
   write_ends()
 elseif rec.state == 'r' and not rec.cancel then
   call('HSET', jkey(id), 'c', NOW)

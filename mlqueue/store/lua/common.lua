@@ -16,45 +16,63 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:ck:ID          hash    the checkpoint: v value, or n number of chunks; z size, g generation
   R:x:ID:WHAT:I    string  chunk I of a blob; WHAT is r<attempt> (result) or c<generation> (checkpoint)
   R:wt:ID          set     bells of those who wait for the job: "e<bell>" for its end, "a<bell>" for every change
+  R:cb:ID          hash    the callback of a job: u URL; s how it stands: p to be delivered, d delivered, f failed
+  R:ca:ID          list    tries to deliver it (MessagePack), newest last, at most 50
   R:s:S:QUEUE:LANE zset    the shelf of the jobs of one state, queue and lane. Score: the job's number; for the states q
                            and i (the waiting ones) priority * 2^42 + number. S is one of q i w s d c
   R:shelves        set     "S:QUEUE:LANE" of the shelves that exist or did
   R:sched          zset    jobs in state w by the time when they are due
   R:exp            zset    ended jobs by the time when their record may go
+  R:dead           zset    dead jobs by the time of their death
+  R:late           zset    running jobs that have a timeout, by the time when it is over
+  R:reapers        hash    timeouts bound to this namespace, by who bound them: timeout in ms, most timeouts, until when
+                           the bond holds (MessagePack)
+  R:fl             set     "QUEUE:LANE" of lanes with a list of functions in which jobs wait or waited
+  R:unserved       hash    since when workers of its queue live and none has the functions of a lane
   R:tag:TAG        zset    jobs that carry a tag, by number
   R:workers        zset    worker incarnations by the end of their lease
   R:w:WORKER       hash    info (MessagePack, written at its start); o nonce of its last turn, and what that answered:
-                           oj jobs, os refusals; iso the job that it must run alone
+                           oj jobs, os refusals; dn and dj the same of its last claim of callbacks;
+                           iso the job that it must run alone
   R:h:WORKER       set     jobs that it holds: exactly those in state r with w = WORKER
   R:bell:QUEUE:LANE list   doorbell of a lane: at most one token; idle workers block on it
   R:wb:BELL        list    a waiter's or a worker's own bell; tokens say what happened
   R:actors         hash    the queue of every actor that a worker has declared, for who submits by name
   R:sweep          hash    owner and until: who sweeps; last: when it did
   R:g:UUID         set     children of a group that have completed; R:g:UUID:n holds how many there are
-  R:data:KEY       string  what jobs stored for each other
+  R:data:KEY       hash    what jobs stored for each other: v value, or n number of chunks; z size, g generation
+  R:data:KEY:G:I   string  chunk I of generation G of it
 
 A lane holds the jobs that the same workers can run: it is the actor's name, or the actor's name, "|" and a list of
 functions. A worker asks for lanes that it can run, so a job that nobody can run blocks nothing.
+
+A callback is a job of its own, in the queue mlqueue.callbacks: the script that ends a job creates it (its id is the
+job's, ".cb" and the job's number, its parent the job), and workers deliver it beside their threads.
 
 Fields of the record: s state, q queue, a actor, l lane (when it is not the actor), n number, t created, N when it
 was retried by hand last, p priority
 (when not 0), b body, d due, k attempt (starts so far; never goes down), y retries, x crashes, z stalls, w worker,
 u started, f finished, v progress value (MessagePack), V progress note, r result, g dead reason, c time when cancelling
 was asked for, P parent, G tags (MessagePack), T result ttl in ms (-1 for ever), X most crashes, Z most stalls,
-W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint.
+W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint, C 1 when it has a callback (R:cb:ID), J timeout in
+ms, O timeouts so far, A the job that it waits for, h how its cancelling ended it,
+M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.
 
 States: q queued (also in shelf i: queued, to be run alone), w scheduled, r running, s succeeded, d dead, c cancelled.
 
   transition   by                from  to                attempt        with the cancel flag set
   create       enqueue, settle   -     q, or w if due    0              -
   promote      turn, sweep       w     q                 -              (cancel ended it before)
-  fetch        turn              q     r                 +1             (cancel ended it before)
+  fetch        turn, await       q     r                 +1             (cancel ended it before)
   finish       turn, settle      r     s                 must be equal  c
   reschedule   turn, settle      r     w, or q at once   must be equal  c
   bury         turn, settle      r     d                 must be equal  c
   give back    turn, settle      r     q                 must be equal  c
   release      release, sweep    r     q, or d           worker equal   c
   cancel       cancel            q w   c                 -              -
+  heed         turn, settle      r     c                 must be equal  c
+  time out     sweep             r     q, or d           -              c
+  give up      sweep             q     d                 -              -
   flag         cancel            r     r, flag set       -              -
   retry        retry             d c   q                 -              cleared
   remove       sweep, remove     any but r -> gone       -              -

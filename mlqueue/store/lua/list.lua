@@ -7,6 +7,9 @@ local states, queue, actor, tag = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local since, till, below, limit = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local found = {}
 
+-- Of these only who asks for this queue wants to hear.
+local CALLBACKS = 'mlqueue.callbacks'
+
 -- When a job got its number: at its creation, or when it was retried by hand.
 local function created(id)
   local f = call('HMGET', jkey(id), 'N', 't')
@@ -58,7 +61,7 @@ local function gather_running()
     for _, id in ipairs(call('SMEMBERS', R .. ':h:' .. worker)) do
       local f = call('HMGET', jkey(id), 'n', 'q', 'a')
       local number = tonumber(f[1] or -1)
-      if number >= 0 and (below < 0 or number < below) and (queue == '' or f[2] == queue)
+      if number >= 0 and (below < 0 or number < below) and (queue == '' and f[2] ~= CALLBACKS or f[2] == queue)
         and (actor == '' or f[3] == actor) and (till < 0 or created(id) <= till) then
         found[#found + 1] = { id, number }
       end
@@ -69,6 +72,7 @@ end
 local function matches(name)
   local state, in_queue, lane = string.match(name, '^(.):([^:]*):(.*)$')
   if state == 'i' then state = 'q' end
+  if queue == '' and in_queue == CALLBACKS then return false end
   return string.find(states, state, 1, true) and (queue == '' or in_queue == queue)
     and (actor == '' or lane == actor or string.sub(lane, 1, #actor + 1) == actor .. '|')
 end

@@ -4,7 +4,8 @@
 local INLINE = 64
 
 -- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
--- most stalls. Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
+-- most stalls, callback's URL, timeout in ms.
+-- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
 local function create(item)
   local id, queue, actor, lane, priority = item[1], item[2], item[3], item[4], item[5]
   local delay, due, body, ttl, tags = item[6], item[7], item[8], item[9], item[11]
@@ -29,6 +30,11 @@ local function create(item)
   if item[10] and item[10] ~= '' then also('P', item[10]) end
   if item[12] then also('X', item[12]) end
   if item[13] then also('Z', item[13]) end
+  if item[14] then
+    call('HSET', R .. ':cb:' .. id, 'u', item[14])
+    also('C', 1)
+  end
+  if item[15] then also('J', item[15]) end
   if #body <= INLINE then
     also('b', body)
   else

@@ -3,7 +3,7 @@
 local ENDED = { s = true, d = true, c = true }
 
 -- What ended jobs add to the indexes is gathered, and written once a call by `write_ends`.
-local ends = { shelves = {}, expiry = {}, held = {} }
+local ends = { shelves = {}, expiry = {}, dead = {}, held = {}, late = {} }
 
 local function gather(into, key, ...)
   local list = into[key]
@@ -27,7 +27,15 @@ local function write_ends()
   for key, members in pairs(ends.expiry) do
     call('ZADD', key, unpack(members))
   end
-  ends = { shelves = {}, expiry = {}, held = {} }
+  for key, members in pairs(ends.dead) do
+    call('ZADD', key, unpack(members))
+  end
+  for key, members in pairs(ends.late) do
+    if call('EXISTS', key) == 1 then
+      call('ZREM', key, unpack(members))
+    end
+  end
+  ends = { shelves = {}, expiry = {}, dead = {}, held = {}, late = {} }
 end
 
 local function drop_chunks(id, what, n)
@@ -54,11 +62,23 @@ local function drop_result(id)
   call('UNLINK', R .. ':r:' .. id)
 end
 
+-- MessagePack of no arguments, [[], {}]: what a callback is about says its parent.
+local NO_ARGUMENTS = string.char(0x92, 0x90, 0x80)
+
+-- Has the callback of a job delivered. Made again it exists already and nothing happens.
+local function call_back(id, rec)
+  call('HSET', R .. ':cb:' .. id, 's', 'p')
+  create({ id .. '.cb' .. rec.number, CALLBACKS, CALLBACK, CALLBACK, 0, -1, -1, NO_ARGUMENTS, 0, id })
+end
+
 -- Ends a job. `fields` are further fields of the record, flat. The state is written last of the record.
 local function finish(id, rec, state, fields, ttl)
   if rec.checkpoint and state ~= 'd' then
     drop_checkpoint(id)
     call('HDEL', jkey(id), 'K')
+  end
+  if rec.callback then
+    call_back(id, rec)
   end
   local result = fields[1] == 'r' and fields[2] or ''
   local n = #fields
@@ -70,6 +90,13 @@ local function finish(id, rec, state, fields, ttl)
   end
   if rec.state == 'r' then
     gather(ends.held, R .. ':h:' .. rec.worker, id)
+    gather(ends.late, R .. ':late', id)
+    if rec.awaits then
+      call('HDEL', jkey(id), 'A')
+    end
+  end
+  if state == 'd' then
+    gather(ends.dead, R .. ':dead', NOW, id)
   end
   if rec.watched then
     call('HDEL', jkey(id), 'W')
@@ -78,7 +105,9 @@ local function finish(id, rec, state, fields, ttl)
   end
 end
 
-local function cancelled(id, rec)
+-- stage: how the cancelling ended it: waiting (it never ran), raised (it was stopped), ended (it had ended by itself),
+-- lost (its worker was lost, or was taken from it).
+local function cancelled(id, rec, stage)
   drop_result(id)
-  finish(id, rec, 'c', { 'c', rec.cancel or NOW }, rec.ttl)
+  finish(id, rec, 'c', { 'c', rec.cancel or NOW, 'h', stage }, rec.ttl)
 end

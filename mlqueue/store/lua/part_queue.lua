@@ -1,5 +1,8 @@
 -- Putting jobs where they wait.
 
+-- Where callbacks wait to be delivered.
+local CALLBACKS, CALLBACK = 'mlqueue.callbacks', 'mlqueue.callback'
+
 -- A job that has crashed so often runs with no other job beside it.
 local ISOLATE_AFTER = 2
 
@@ -34,6 +37,31 @@ local function ring_own(bell, token)
   call('PEXPIRE', key, 120000)
 end
 
+-- A list of functions that no worker may have heard of: each looks whether it has them all.
+local function announce(lane)
+  if call('SADD', R .. ':fl', lane) == 1 then
+    for _, worker in ipairs(call('ZRANGE', R .. ':workers', 0, -1)) do
+      ring_own(worker, 'l')
+    end
+  end
+end
+
+local has_late = nil
+
+-- Takes a running job from the indexes of running ones. Its state is written by the caller.
+local function leave(id, rec)
+  call('SREM', R .. ':h:' .. rec.worker, id)
+  if has_late == nil then
+    has_late = call('EXISTS', R .. ':late') == 1
+  end
+  if has_late then
+    call('ZREM', R .. ':late', id)
+  end
+  if rec.awaits then
+    call('HDEL', jkey(id), 'A')
+  end
+end
+
 -- Ring those who wait: all of them at the end, else only those who asked for every change. The token is the id, and
 -- `how` it ended, if that is known.
 local function tell(id, rec, ended, how)
@@ -56,7 +84,10 @@ local function requeue(id, rec, fields)
   local shelf = rec.crashes >= ISOLATE_AFTER and 'i' or 'q'
   shelve(shelf, rec, id)
   if rec.state == 'r' then
-    call('SREM', R .. ':h:' .. rec.worker, id)
+    leave(id, rec)
+  end
+  if string.find(rec.lane, '|', 1, true) then
+    announce(rec.queue .. ':' .. rec.lane)
   end
   if shelf == 'i' then
     fields[#fields + 1] = 'i'
@@ -76,7 +107,7 @@ local function schedule(id, rec, due, fields)
   shelve('w', rec, id)
   call('ZADD', R .. ':sched', due, id)
   if rec.state == 'r' then
-    call('SREM', R .. ':h:' .. rec.worker, id)
+    leave(id, rec)
   end
   fields[#fields + 1] = 'd'
   fields[#fields + 1] = due

@@ -8,8 +8,12 @@ local function release_one(id, worker, reason, alone, err, max_crashes, max_stal
     return 'gone'
   end
   if rec.cancel then
-    cancelled(id, rec)
+    cancelled(id, rec, 'lost')
     return 'cancelled'
+  end
+  if rec.queue == CALLBACKS or rec.awaits then
+    -- No code of the user's ran in it, so it cannot have been the reason.
+    reason = 'drain'
   end
   local fields = {}
   local dead = nil
@@ -46,8 +50,15 @@ local function release_worker(worker, reason, err, max_crashes, max_stalls)
   local held = R .. ':h:' .. worker
   local ids = call('SMEMBERS', held)
   local answer = {}
+  local active = 0
   for _, id in ipairs(ids) do
-    local well, outcome = pcall(release_one, id, worker, reason, #ids == 1, err, max_crashes, max_stalls)
+    local f = call('HMGET', jkey(id), 'A', 'q')
+    if not f[1] and f[2] ~= CALLBACKS then
+      active = active + 1
+    end
+  end
+  for _, id in ipairs(ids) do
+    local well, outcome = pcall(release_one, id, worker, reason, active == 1, err, max_crashes, max_stalls)
     if not well then
       outcome = 'error ' .. tostring(type(outcome) == 'table' and outcome.err or outcome)
     end

@@ -21,6 +21,8 @@ local function remove(id)
   drop_checkpoint(id)
   call('ZREM', R .. ':sched', id)
   call('ZREM', R .. ':exp', id)
-  call('UNLINK', jkey(id), R .. ':b:' .. id, R .. ':e:' .. id, R .. ':at:' .. id, R .. ':wt:' .. id)
+  call('ZREM', R .. ':dead', id)
+  call('UNLINK', jkey(id), R .. ':b:' .. id, R .. ':e:' .. id, R .. ':at:' .. id, R .. ':wt:' .. id,
+    R .. ':cb:' .. id, R .. ':ca:' .. id)
   return rec and 1 or 0
 end

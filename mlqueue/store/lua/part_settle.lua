@@ -24,7 +24,7 @@ function settle_verbs.f(id, rec, s)
   local fields = {}
   if rec.cancel then
     drop_result(id)
-    return cancelled(id, rec)
+    return cancelled(id, rec, 'ended')
   end
   if s[8] then
     fields = { 'r', s[8] }
@@ -56,7 +56,7 @@ end
 -- s: ..., delay in ms, error, 1 when it counts as a retry
 function settle_verbs.r(id, rec, s)
   if rec.cancel then
-    return cancelled(id, rec)
+    return cancelled(id, rec, 'ended')
   end
   assert(type(s[8]) == 'number', 'malformed delay')
   call('SET', R .. ':e:' .. id, s[9])
@@ -72,7 +72,7 @@ end
 -- s: ..., reason, error
 function settle_verbs.b(id, rec, s)
   if rec.cancel then
-    return cancelled(id, rec)
+    return cancelled(id, rec, 'ended')
   end
   assert(type(s[8]) == 'string' and type(s[9]) == 'string', 'malformed reason or error')
   drop_result(id)
@@ -84,14 +84,14 @@ end
 -- Given back unharmed: it did not start, or the worker is being drained.
 function settle_verbs.l(id, rec)
   if rec.cancel then
-    return cancelled(id, rec)
+    return cancelled(id, rec, 'lost')
   end
   requeue(id, rec, {})
 end
 
 -- The job took note of its cancelling and ended.
 function settle_verbs.c(id, rec)
-  cancelled(id, rec)
+  cancelled(id, rec, 'raised')
 end
 
 local function settle_one(s)

@@ -1,7 +1,8 @@
 #!lua flags=no-writes
 -- parts: queue moves
--- Reads records. ARGV: what (any of b body, s short result, r whole result, e error, a attempts, p position), then ids.
--- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued).
+-- Reads records. ARGV: what (any of b body, s short result, r whole result, e error, a attempts, p position, c callback), then ids.
+-- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued), callback
+-- (flat), tries to deliver it.
 local what = ARGV[1]
 local function wants(letter)
   return string.find(what, letter, 1, true) ~= nil
@@ -48,6 +49,8 @@ for i = 2, #ARGV do
       wants('e') and call('GET', R .. ':e:' .. id) or '',
       wants('a') and call('LRANGE', R .. ':at:' .. id, 0, -1) or {},
       wants('p') and position(load(id)) or -1,
+      wants('c') and call('HGETALL', R .. ':cb:' .. id) or {},
+      wants('c') and call('LRANGE', R .. ':ca:' .. id, 0, -1) or {},
     }
   end
 end

@@ -1,8 +1,10 @@
 #!lua flags=allow-oom
--- parts: queue moves promote ends history release remove
--- Releases the jobs of workers whose lease has ended, promotes what is due, forgets what has expired.
+-- parts: queue moves promote create ends history release remove late unserved
+-- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
+-- buries what no worker knows the functions of, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
--- gap in ms after which nobody is to blame.
+-- gap in ms after which nobody is to blame, how long dead jobs are kept in ms (-1: for ever), how long functions may
+-- be unknown in ms.
 -- Returns 1 when this sweeper is the elected one, ms until it should come again at the latest, ids and outcomes (flat).
 local key = R .. ':sweep'
 local sweep = call('HMGET', key, 'owner', 'until', 'last')
@@ -25,11 +27,23 @@ else
     end
   end
 end
+take_back_late(outcomes, tonumber(ARGV[6]))
+bury_unserved(outcomes, tonumber(ARGV[9]))
+write_ends()
 promote(1000)
 local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
 for _, id in ipairs(expired) do
-  if not pcall(remove, id) then
+  if call('HGET', R .. ':cb:' .. id, 's') == 'p' then
+    call('ZADD', R .. ':exp', NOW + 60000, id) -- what its callback says stands in the record
+  elseif not pcall(remove, id) then
     call('ZREM', R .. ':exp', id)
+  end
+end
+if tonumber(ARGV[8]) >= 0 then
+  for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':dead', '-inf', NOW - tonumber(ARGV[8]), 'LIMIT', 0, 1000)) do
+    if not pcall(remove, id) then
+      call('ZREM', R .. ':dead', id)
+    end
   end
 end
 -- Names of shelves that are empty by now: a few each time.

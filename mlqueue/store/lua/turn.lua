@@ -1,26 +1,14 @@
 #!lua flags=allow-oom
--- parts: queue moves promote create ends history progress settle
+-- parts: queue moves promote create ends history progress settle start
 -- A worker's turn: settles what it has finished and fetches what it can start, in one call.
 -- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
 -- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.
 -- Returns now, ms until the next scheduled job (-1: none), refusals (flat: position, text), jobs, 1 when jobs were
--- left behind, 1 when the worker's info is known.
+-- left behind, 1 when the worker's info is known, how many callbacks wait.
 local worker, nonce, want, lease = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local only_alone, poke = tonumber(ARGV[5]) % 2 == 1, tonumber(ARGV[5]) >= 2
 local nlanes = tonumber(ARGV[6])
 local wkey, held = R .. ':w:' .. worker, R .. ':h:' .. worker
-
-local function read(id)
-  return call('HMGET', jkey(id), 's', 'w', 'k', 'q', 'a', 't', 'b', 'W', 'y', 'x', 'z', 'p', 'P', 'K', 'u', 'i')
-end
-
--- What the worker gets of a job: id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent,
--- whether there is a checkpoint, started, whether it is to run alone.
-local function hand_over(id, f, attempt, started)
-  return { id, f[4], f[5], attempt, tonumber(f[6]), tonumber(f[9] or 0), f[7] or call('GET', R .. ':b:' .. id) or '',
-    tonumber(f[10] or 0), tonumber(f[11] or 0), tonumber(f[12] or 0), f[13] or '', tonumber(f[14] or 0), started,
-    tonumber(f[16] or 0) }
-end
 
 if poke then
   ring_own(worker, 'p')
@@ -37,33 +25,13 @@ end
 
 if state[1] == nonce then
   -- The answer to this very turn was lost on its way: give it again.
-  local jobs = {}
-  for _, id in ipairs(cmsgpack.unpack(state[2])) do
-    local f = read(id)
-    if f[1] == 'r' and f[2] == worker then
-      jobs[#jobs + 1] = hand_over(id, f, tonumber(f[3]), tonumber(f[15]))
-    end
-  end
-  return { NOW, 0, cmsgpack.unpack(state[3]), jobs, 1, known }
+  hand_over_again(state[2], worker)
+  return { NOW, 0, cmsgpack.unpack(state[3]), jobs, 1, known, 0 }
 end
 
 local refused = settle(7 + 2 * nlanes, #ARGV)
 local next_due = promote(128)
-local jobs, ids, left = {}, {}, 0
-
-local function start(id)
-  local f = read(id)
-  if f[1] ~= 'q' then
-    return
-  end
-  local attempt = tonumber(f[3] or 0) + 1
-  call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
-  if f[8] then
-    tell(id, { watched = f[8] }, false)
-  end
-  ids[#ids + 1] = id
-  jobs[#jobs + 1] = hand_over(id, f, attempt, NOW)
-end
+local left = 0
 
 local function heads(shelf)
   local found = {}
@@ -93,7 +61,7 @@ local function take(shelf, n)
     local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
     local before = #ids
     for _, id in ipairs(run) do
-      pcall(start, id) -- one broken record must not hold up the others
+      pcall(start, id, worker) -- one broken record must not hold up the others
     end
     if #ids > before then
       call('SADD', held, unpack(ids, before + 1))
@@ -134,4 +102,4 @@ call('HSET', wkey, 'o', nonce, 'oj', cmsgpack.pack(ids), 'os', cmsgpack.pack(ref
 if known == 0 then
   call('PEXPIRE', wkey, 2 * lease)
 end
-return { NOW, next_due, refused, jobs, left, known }
+return { NOW, next_due, refused, jobs, left, known, callbacks_waiting() }

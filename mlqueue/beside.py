@@ -1,0 +1,245 @@
+"""Running jobs beside a Worker's threads: jobs that running jobs wait for, and callbacks.
+
+A job that waits for another one would hold the thread that the other needs. So the other, if it waits in a queue of this
+worker, is handed over to the waiting one and run in a thread of its own; and while a job waits for one that runs
+elsewhere, or cannot run here, its place is lent: one thread more takes jobs from the queue.
+
+Callbacks are jobs too, of a queue of their own, which the Worker's threads do not take: a receiver that does not answer
+delays no job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import dramatiq
+from dramatiq.worker import WorkerThread
+
+from .delivery import Delivery
+from .errors import MLQueueError, StoreError
+from .pump import Pump
+from .store import Held
+
+#: How many jobs may run beside the threads of a worker because others wait for them. A chain of waits has so many links
+#: within one process.
+MOST_BESIDE: Final = 512
+
+#: How many callbacks a worker delivers at a time.
+MOST_CALLBACKS: Final = 16
+
+#: The pause after a call that the store did not take, in seconds.
+RETRY_PAUSE: Final = 0.5
+
+logger = logging.getLogger("mlqueue.beside")
+
+
+class Beside:
+    """The threads beside those of one Worker."""
+
+    def __init__(self, broker: Any, pump: Pump, worker: dramatiq.Worker) -> None:
+        self._broker = broker
+        self._pump = pump
+        self._worker = worker
+        self._lock = threading.Condition()
+        self._threads: set[threading.Thread] = set()
+        self._waited_for = 0
+        self._callbacks = 0
+        self._claiming = False
+        self._claim_again = False
+        self._stopping = False
+        #: How many places are lent.
+        self.lent = 0
+
+    # Jobs that are waited for
+
+    @property
+    def worker(self) -> str:
+        """The incarnation of the worker."""
+        return self._pump.worker
+
+    def lanes(self) -> list[tuple[str, str]]:
+        """The lanes that a job here may be handed over from; none when no more can run beside."""
+        with self._lock:
+            if self._stopping or self._waited_for >= MOST_BESIDE:
+                return []
+        return self._pump.lanes()
+
+    def run(self, held: Held) -> None:
+        """Runs a job that was handed over, in a thread of its own."""
+        delivery = self._pump.take_beside(held)
+        if delivery is None:
+            return
+        with self._lock:
+            self._waited_for += 1
+        self._spawn(delivery, self._ended_waited_for)
+
+    def _ended_waited_for(self) -> None:
+        with self._lock:
+            self._waited_for -= 1
+
+    def recover(self, ask: Callable[[], list[Held]]) -> None:
+        """Runs what the store may have handed over in an answer that did not arrive: asks until it does."""
+
+        def until_answered() -> None:
+            while not self._stopping:
+                try:
+                    handed_over = ask()
+                except StoreError:
+                    self._pause()
+                except MLQueueError:
+                    return
+                else:
+                    for held in handed_over:
+                        self.run(held)
+                    return
+
+        self._start(threading.Thread(target=until_answered, name="mlqueue-recover", daemon=True))
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[None]:
+        """Within, one thread more takes jobs from the worker's queue."""
+        with self._lock:
+            if self._stopping or self.lent >= MOST_BESIDE:
+                thread = None
+            else:
+                self.lent += 1
+                thread = WorkerThread(
+                    broker=self._broker,
+                    consumers=self._worker.consumers,
+                    work_queue=self._worker.work_queue,
+                    worker_timeout=self._worker.worker_timeout,
+                )
+                thread.name = "mlqueue-lent"
+        if thread is None:
+            yield
+            return
+        self._start(thread)
+        self._pump.look_again()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.lent -= 1
+            thread.stop()
+            self._worker.work_queue.put(None)  # it looks up, and ends
+
+    # Callbacks
+
+    def callbacks_waiting(self) -> None:
+        """There may be callbacks to deliver. Returns at once."""
+        with self._lock:
+            self._claim_again = True
+            if self._claiming or self._stopping or self._callbacks >= MOST_CALLBACKS:
+                return
+            self._claiming = True
+        self._start(threading.Thread(target=self._claim, name="mlqueue-callbacks", daemon=True))
+
+    def _claim(self) -> None:
+        nonce = uuid.uuid4().hex
+        while True:
+            with self._lock:
+                room = MOST_CALLBACKS - self._callbacks
+                if self._stopping or room <= 0 or not self._claim_again:
+                    self._claiming = False
+                    return
+                self._claim_again = False
+            try:
+                claimed = self._pump.store.claim_callbacks(self._pump.worker, nonce, room)
+            except StoreError as error:
+                logger.warning("callbacks wait to be delivered: %s", error)
+                self._claim_again = True  # with the same nonce: what the store may have handed over is not lost
+                self._pause()
+                continue
+            nonce = uuid.uuid4().hex
+            for held in claimed:
+                delivery = self._pump.take_beside(held)
+                if delivery is not None:
+                    with self._lock:
+                        self._callbacks += 1
+                    self._spawn(delivery, self._ended_callback)
+            if len(claimed) == room:
+                self._claim_again = True
+
+    def _ended_callback(self) -> None:
+        with self._lock:
+            self._callbacks -= 1
+            again = self._claim_again
+        if again:
+            self.callbacks_waiting()
+
+    # Threads
+
+    def stop(self) -> None:
+        """Takes no more; what runs goes on."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+
+    def join(self, timeout: float) -> None:
+        """Waits until all has ended, for at most `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                thread = next(iter(self._threads), None)
+                if thread is not None and not thread.is_alive():
+                    self._threads.discard(thread)
+                    continue
+            if thread is None or time.monotonic() >= deadline:
+                return
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _pause(self) -> None:
+        with self._lock:
+            if not self._stopping:
+                self._lock.wait(RETRY_PAUSE)
+
+    def _start(self, thread: threading.Thread) -> None:
+        with self._lock:
+            self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+            thread.start()
+
+    def _spawn(self, delivery: Delivery, ended: Callable[[], None]) -> None:
+        def process() -> None:
+            try:
+                # A worker's thread that is not started: only its way to process a message is used.
+                runner = WorkerThread(
+                    broker=self._broker,
+                    consumers={delivery.queue_name: _Settling(self._broker, self._pump)},  # type: ignore[dict-item]
+                    work_queue=_Uncounted(),  # type: ignore[arg-type]
+                    worker_timeout=1000,
+                )
+                runner.process_message(delivery)
+            finally:
+                ended()
+
+        self._start(threading.Thread(target=process, name=f"mlqueue-beside-{delivery.actor_name}", daemon=True))
+
+
+class _Settling:
+    """Where a thread here puts a job that it has run: it is settled as a consumer does it."""
+
+    def __init__(self, broker: Any, pump: Pump) -> None:
+        self._broker = broker
+        self._pump = pump
+
+    def post_process_message(self, delivery: Delivery) -> None:
+        """Settles the job."""
+        signal = "nack" if delivery.failed else "ack"
+        self._broker.emit_before(signal, delivery)
+        self._broker.settle(self._pump, delivery)
+        self._broker.emit_after(signal, delivery)
+
+
+class _Uncounted:
+    """Stands for the queue that a job did not come from."""
+
+    def task_done(self) -> None: ...
+
+
+__all__ = ["Beside"]
