@@ -1,7 +1,7 @@
 """Running jobs beside a Worker's threads: jobs that running jobs wait for, and callbacks.
 
-A job that waits for another one would hold the thread that the other needs. So the other, if it waits in a queue of this
-worker, is handed over to the waiting one and run in a thread of its own; and while a job waits for one that runs
+A job that waits for another one would hold the thread that the other needs. So the other, if it waits in a queue of
+this worker, is handed over to the waiting one and run in a thread of its own; and while a job waits for one that runs
 elsewhere, or cannot run here, its place is lent: one thread more takes jobs from the queue.
 
 Callbacks are jobs too, of a queue of their own, which the Worker's threads do not take: a receiver that does not answer
@@ -16,14 +16,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import dramatiq
 from dramatiq.worker import WorkerThread
 
 from .delivery import Delivery
 from .errors import MLQueueError, StoreError
-from .pump import Pump
+from .pump import Pump, WorkQueue
 from .store import Held
 
 #: How many jobs may run beside the threads of a worker because others wait for them. A chain of waits has so many links
@@ -127,7 +127,7 @@ class Beside:
             with self._lock:
                 self.lent -= 1
             thread.stop()
-            self._worker.work_queue.put(None)  # it looks up, and ends
+            cast(WorkQueue, self._worker.work_queue).nudge()  # it looks up, and ends
 
     # Callbacks
 

@@ -43,7 +43,9 @@ from .waiting import close_bell
 logger = logging.getLogger("mlqueue.broker")
 
 #: Actor options of ours; the others are Dramatiq's.
-OWN_OPTIONS: Final = frozenset({"sync_ack", "tags", "max_crashes", "max_stalls", "job_timeout", "callback", "waits_count"})
+OWN_OPTIONS: Final = frozenset(
+    {"sync_ack", "tags", "max_crashes", "max_stalls", "job_timeout", "callback", "waits_count"}
+)
 
 #: The actor that runs the functions of MLQ's listeners.
 LISTENER: Final = "mlqueue.listener"
@@ -290,7 +292,12 @@ class StoreBroker(Broker):
         if delivery.thread is None or counts:
             return lambda: None
         resumes = [item.pause(delivery.thread) for item in self.middleware if isinstance(item, TimeLimit)]
-        return lambda: [resume() for resume in resumes] and None
+
+        def resume_all() -> None:
+            for resume in resumes:
+                resume()
+
+        return resume_all
 
     def _disarm(self) -> None:
         """In the thread of an actor call that has ended: no time limit may strike from here on."""

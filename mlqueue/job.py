@@ -47,7 +47,7 @@ ENDED: Final = frozenset({State.SUCCEEDED, State.DEAD, State.CANCELLED})
 
 #: The legal moves. The scripts in ``store/lua`` check them; ``common.lua`` has the table with attempt and cancelling.
 MOVES: Final[Mapping[State, frozenset[State]]] = {
-    State.QUEUED: frozenset({State.RUNNING, State.CANCELLED}),
+    State.QUEUED: frozenset({State.RUNNING, State.CANCELLED, State.DEAD}),
     State.SCHEDULED: frozenset({State.QUEUED, State.CANCELLED}),
     State.RUNNING: frozenset(
         {State.SUCCEEDED, State.SCHEDULED, State.QUEUED, State.DEAD, State.CANCELLED},

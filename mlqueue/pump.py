@@ -822,11 +822,15 @@ class WorkQueue:
                 self._done.wait()
         self._pump.wait_idle()
 
+    def nudge(self) -> None:
+        """Has one thread that waits for a job look up."""
+        self._items.put(None)
+
     def stop(self, threads: int) -> None:
         """Lets threads that wait for a job look up at once, and often."""
         self._stopping = True
         for _ in range(threads):
-            self._items.put(None)
+            self.nudge()
 
 
 __all__ = ["Pump", "WorkQueue"]

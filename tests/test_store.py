@@ -922,7 +922,22 @@ def script_names() -> list[str]:
 
 
 READERS = {"read", "list", "count", "workers"}
-ON_A_FULL_SERVER = {"turn", "settle", "release", "beat", "sweep", "start_worker", "cancel", "flush", "remove"}
+ON_A_FULL_SERVER = {
+    "await",
+    "beat",
+    "bind",
+    "cancel",
+    "claim",
+    "drop_data",
+    "flush",
+    "note_callback",
+    "release",
+    "remove",
+    "settle",
+    "start_worker",
+    "sweep",
+    "turn",
+}
 
 
 @pytest.mark.parametrize("name", script_names())
