@@ -308,6 +308,8 @@ class Pump:
             return None
         with self._condition:
             self.beside[held.id] = delivery
+            if held.alone and self._alone is None:
+                self._alone = held.id
         return delivery
 
     def lanes(self) -> list[tuple[str, str]]:
@@ -494,7 +496,7 @@ class Pump:
         if self.stopping:
             return 0
         if self._alone is not None:
-            if self._alone in self.in_hand:
+            if self._alone in self.in_hand or self._alone in self.beside:
                 return 0
             self._alone = None
         if self.crew is None:

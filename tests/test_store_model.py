@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,11 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlqueue import MLQ, codec
-from mlqueue.errors import InvalidTransition, JobNotFound, StaleAttempt
+from mlqueue.errors import InvalidTransition, JobNotFound, StaleAttempt, WaitCycle
 from mlqueue.job import DeadReason, JobError, NewJob, Result, State, new_id
 from mlqueue.store import Held, Settle, Store
 from mlqueue.store.scripts import script
-from mlqueue.store.store import common_of, encode_result
+from mlqueue.store.store import Awaited, common_of, encode_result
 
 ERROR = JobError(type="", message="x")
 REASON = st.sampled_from(["crash", "stall", "drain"])
@@ -47,6 +48,8 @@ class Model:
     result: object = None
     progress: object = None
     checkpoint: bytes | None = None
+    timeouts: int = 0
+    waits: str | None = None
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -65,6 +68,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.jobs: list[str] = []
         self.workers = [self.new_worker() for _ in range(3)]
         self.attempts: list[Held] = []
+        #: The job that each worker must run alone, as long as it holds it.
+        self.alone: dict[str, str] = {}
 
     def new_worker(self) -> str:
         worker = uuid.uuid4().hex
@@ -95,6 +100,7 @@ class StoreMachine(RuleBasedStateMachine):
             body=codec.encode_call([self.numbers], {}),
             priority=priority,
             delay=FAR if delayed else None,
+            job_timeout=FAR,
         )
         assert [True] == self.store.submit([new])
         assert [False] == self.store.submit([new])
@@ -110,7 +116,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def expected_fetch(self, worker: str, want: int) -> list[str]:
         held = [job for job in self.model.values() if job.worker == worker and job.state is State.RUNNING]
-        if any(job.crashes >= 2 for job in held) and self.alone.get(worker):
+        if self.alone.get(worker) in {job_id for job_id, job in self.model.items() if job in held}:
             return []
         waiting = [
             (job.priority, job.number, job_id)
@@ -121,14 +127,6 @@ class StoreMachine(RuleBasedStateMachine):
         if not held and isolated:
             return [isolated[0][2]]
         return [job_id for _, _, job_id in sorted(item for item in waiting if self.model[item[2]].crashes < 2)][:want]
-
-    @property
-    def alone(self) -> dict[str, bool]:
-        found: dict[str, bool] = {}
-        for job in self.model.values():
-            if job.state is State.RUNNING and job.worker and job.crashes >= 2:
-                found[job.worker] = True
-        return found
 
     @rule(slot=SLOT, want=st.integers(1, 3), twice=st.booleans())
     def fetch(self, slot: int, want: int, twice: bool) -> None:
@@ -149,6 +147,8 @@ class StoreMachine(RuleBasedStateMachine):
             job = self.model[held.id]
             job.state, job.worker = State.RUNNING, worker
             job.attempt += 1
+            if job.crashes >= 2:
+                self.alone[worker] = held.id
             assert (job.attempt, job.retries, job.crashes) == (held.attempt, held.retries, held.crashes)
         self.attempts += turn.jobs
 
@@ -162,6 +162,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.settle([settle]) == ([] if job else [(0, "stale")])
         if job is None:
             return None
+        job.waits = None
         if job.cancel:
             job.state = State.CANCELLED
             job.checkpoint = None
@@ -234,8 +235,15 @@ class StoreMachine(RuleBasedStateMachine):
         outcomes = self.store.release(worker, reason, "gone")
         assert set(held) == set(outcomes)
         self.alive.discard(worker)
-        for job_id in held:
-            self.lose(self.model[job_id], reason, len(held) == 1)
+        self.lose_all(held, reason)
+
+    def lose_all(self, held: Iterable[str], reason: str) -> None:
+        jobs = [self.model[job_id] for job_id in held]
+        active = sum(job.waits is None for job in jobs)
+        for job in jobs:
+            # One that only waits for another has not killed its worker.
+            self.lose(job, reason if job.waits is None else "drain", active == 1)
+            job.waits = None
 
     @rule(slot=SLOT, want=st.integers(1, 2), times=st.integers(1, 3))
     def crash_again_and_again(self, slot: int, want: int, times: int) -> None:
@@ -274,8 +282,84 @@ class StoreMachine(RuleBasedStateMachine):
         held = {job_id for job_id, job in self.model.items() if job.worker == worker and job.state is State.RUNNING}
         assert held == set(released)
         self.alive.discard(worker)
-        for job_id in held:
-            self.lose(self.model[job_id], "stall", len(held) == 1)
+        self.lose_all(held, "stall")
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH)
+    def run_too_long(self, which: int) -> None:
+        """The time of an attempt is over."""
+        held = self.attempts[which % len(self.attempts)]
+        job = self.holds(held)
+        client, root = self.store.connector.client, self.store.root
+        client.zadd(f"{root}:late", {held.id: 1}, xx=True)
+        if job:
+            client.hset(f"{root}:j:{held.id}", "u", 1)
+        released = self.store.sweep("s", 0).released
+        assert set(released) == ({held.id} if job else set())
+        if job is None:
+            return
+        job.waits = None
+        if job.cancel:
+            job.state, job.checkpoint = State.CANCELLED, None
+        elif job.timeouts >= 5:
+            job.state, job.reason = State.DEAD, DeadReason.STALLED
+        else:
+            job.state = State.QUEUED
+            job.timeouts += 1
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH, other=WHICH, may_start=st.booleans(), twice=st.booleans())
+    def wait_for_another(self, which: int, other: int, may_start: bool, twice: bool) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        waiter, target_id = self.holds(held), self.jobs[other % len(self.jobs)]
+        target = self.model.get(target_id)
+        if waiter is None:
+            return  # an attempt that was taken over asks in vain, whatever it hears
+        assert waiter.worker is not None
+        nonce = uuid.uuid4().hex
+
+        def ask() -> Awaited:
+            return self.store.await_job(
+                (held.id, held.attempt), target_id, "bell", worker=str(waiter.worker), nonce=nonce,
+                may_start=may_start, lanes=self.lanes,
+            )  # fmt: skip
+
+        if target is None:
+            with pytest.raises(JobNotFound):
+                ask()
+            return
+        if not target.state.ended and self.leads_to(target_id, held.id):
+            with pytest.raises(WaitCycle):
+                ask()
+            return
+        expected = target.state
+        answer = ask()
+        assert expected is answer.state
+        if target.state.ended:
+            assert answer.jobs == []
+            return
+        waiter.waits = target_id
+        held_here = [job for job in self.model.values() if job.worker == waiter.worker and job.state is State.RUNNING]
+        startable = may_start and target.state is State.QUEUED and target.actor in "ab" and waiter.worker in self.alive
+        if target.crashes >= 2:
+            startable = startable and all(job.waits for job in held_here)
+        assert [job.id for job in answer.jobs] == ([target_id] if startable else [])
+        if startable:
+            if twice:
+                assert ask().jobs == answer.jobs  # the answer was lost
+            target.state, target.worker = State.RUNNING, waiter.worker
+            target.attempt += 1
+            self.attempts += answer.jobs
+            holding = {job_id for job_id, job in self.model.items() if job in held_here}
+            if target.crashes >= 2 and self.alone.get(waiter.worker) not in holding:
+                self.alone[waiter.worker] = target_id
+
+    def leads_to(self, job_id: str, goal: str) -> bool:
+        at: str | None = job_id
+        while at is not None and at != goal:
+            job = self.model.get(at)
+            at = job.waits if job and job.state is State.RUNNING else None
+        return at == goal
 
     @rule(which=WHICH)
     def time_comes(self, which: int) -> None:
@@ -316,7 +400,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.retry(job_id)
         self.numbers += 1
         job.number, job.state, job.cancel, job.reason = self.numbers, State.QUEUED, False, None
-        job.retries = job.crashes = job.stalls = 0
+        job.retries = job.crashes = job.stalls = job.timeouts = 0
         job.progress = job.result = None
 
     @rule(which=WHICH)
@@ -339,6 +423,7 @@ class StoreMachine(RuleBasedStateMachine):
                 record.state, record.attempt, record.retries, record.crashes, record.stalls,
             )  # fmt: skip
             assert (job.reason, job.progress) == (record.dead_reason, record.progress)
+            assert (job.timeouts, job.waits) == (record.timeouts, record.waits_for)
             assert (job.cancel and job.state is State.RUNNING) == (
                 record.cancel_requested_at is not None and record.state is State.RUNNING
             )

@@ -94,5 +94,11 @@ if shelf then
   call('SADD', held, target)
   call('ZREM', shelf, target)
   call('HSET', jkey(target), 'Y', nonce)
+  if rec.alone then
+    local iso = call('HGET', wkey, 'iso')
+    if not iso or call('SISMEMBER', held, iso) == 0 then
+      call('HSET', wkey, 'iso', target)
+    end
+  end
 end
 return { rec.state, {}, jobs, holder }

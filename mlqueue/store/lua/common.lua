@@ -70,10 +70,10 @@ States: q queued (also in shelf i: queued, to be run alone), w scheduled, r runn
   give back    turn, settle      r     q                 must be equal  c
   release      release, sweep    r     q, or d           worker equal   c
   cancel       cancel            q w   c                 -              -
+  flag         cancel            r     r, flag set       -              -
   heed         turn, settle      r     c                 must be equal  c
   time out     sweep             r     q, or d           -              c
   give up      sweep             q     d                 -              -
-  flag         cancel            r     r, flag set       -              -
   retry        retry             d c   q                 -              cleared
   remove       sweep, remove     any but r -> gone       -              -
 
