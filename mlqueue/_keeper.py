@@ -6,6 +6,10 @@ the light part of that, as its start is part of a first use. It starts the serve
 killed, and stops it when no process has held a share of ``users.lock`` for the grace time. It starts a server once and
 ends with it: whoever needs the store next starts both anew.
 
+With the durability ``everysec`` it also syncs the append-only file to the disk, once a second. The server's own
+``everysec`` would hold writes back in its memory while such a sync takes long, up to two seconds of them, and answer
+all the same: a kill -9 of it would lose what it has acknowledged. It is told to write at once and to sync never.
+
 The files of the folder::
 
     users.lock      held shared by each process that uses the store; exclusively by the keeper while the server stops
@@ -21,7 +25,7 @@ A pid in a lock file is true as long as that lock is held, which is what makes i
 """
 
 # pathlib is among what would slow the start down.
-# ruff: noqa: PTH105, PTH108, PTH110, PTH116, PTH118, PTH123
+# ruff: noqa: PTH105, PTH108, PTH110, PTH116, PTH118, PTH123, PTH208
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ import signal
 import socket
 import sys
 import time
+from _thread import start_new_thread
 
 try:
     import fcntl
@@ -48,11 +53,14 @@ if TYPE_CHECKING:
 #: The names of the files in the folder; see above.
 USERS_LOCK, KEEPER_LOCK, SERVER_LOCK = "users.lock", "keeper.lock", "server.lock"
 SOCKET, STATE, LOG, STOPPED = "valkey.sock", "server.json", "server.log", "stopped"
+DATA = "appendonlydir"
 #: Seconds between two looks at something that cannot be waited for.
 POLL = 0.005
 #: Seconds that a server gets to stop; one that takes longer is killed, which loses nothing that it has acknowledged
 #: (it writes to the append-only file before it answers).
 STOP_LIMIT = 10.0
+#: Seconds between two syncs of the append-only file.
+SYNC_INTERVAL = 1.0
 #: What `ping` answers.
 ALIVE, LOADING, SILENT = "alive", "loading", "silent"
 
@@ -215,6 +223,9 @@ class Keeper:
         if not self.adopt_or_start():
             return
         self.report(ready=True)
+        if self.durability == "everysec":
+            # A thread of its own: a slow disk must not keep from anything else.
+            start_new_thread(self.sync_for_ever, ())
         if self.serve():
             self.stop()
         self.clean_up()
@@ -374,6 +385,19 @@ class Keeper:
             else:
                 unlock(self.users_fd)
 
+    def sync_for_ever(self) -> None:
+        synced: dict[str, int] = {}
+        told = False
+        while True:
+            time.sleep(SYNC_INTERVAL)
+            try:
+                sync(self.path(DATA), synced)
+                told = False
+            except OSError as error:
+                if not told:
+                    self.note(f"the append-only file cannot be synced to the disk: {error}")
+                told = True
+
     def connect(self) -> None:
         if self.link is not None:
             self.link.close()
@@ -466,6 +490,23 @@ class Keeper:
                 return "\n".join(line.rstrip() for line in file.readlines()[-6:] if line.strip())
         except OSError as error:
             return f"({LOG} cannot be read: {error.strerror})"
+
+
+def sync(folder: str, synced: dict[str, int]) -> None:
+    """Syncs the files of a folder that have grown since they were last; `synced` remembers their sizes."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # the server has rewritten its file, and removed the old one
+        try:
+            size = os.fstat(fd).st_size
+            if synced.get(path) != size:
+                os.fsync(fd)
+                synced[path] = size
+        finally:
+            os.close(fd)
 
 
 def url_of(socket_path: str) -> str:

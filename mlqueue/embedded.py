@@ -387,7 +387,9 @@ class EmbeddedServer:
         except BaseException:
             _close_on_hand(lock)
             raise
-        options = {"dir": str(self.home), "unixsocket": socket_path, "appendfsync": self.durability} | SERVER_OPTIONS
+        # Where it is not to sync before each answer the keeper syncs; it says why.
+        policy = "always" if self.durability == "always" else "no"
+        options = {"dir": str(self.home), "unixsocket": socket_path, "appendfsync": policy} | SERVER_OPTIONS
         command = [str(binary)]
         for name, value in options.items():
             command += [f"--{name}", value]

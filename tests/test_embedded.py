@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import eventually
 
 from mlqueue import _keeper, embedded
 from mlqueue.embedded import EmbeddedServer, ServerStatus, find_binary, find_home
@@ -231,7 +232,7 @@ def test_the_first_use_starts_a_server_that_redis_py_reaches(place: Place, caplo
         assert url == server.ensure()
     with redis.Redis.from_url(url) as client:
         assert client.ping()
-        wanted = {"appendonly": "yes", "appendfsync": "everysec", "aof-use-rdb-preamble": "no", "save": "", "port": "0"}
+        wanted = {"appendonly": "yes", "appendfsync": "no", "aof-use-rdb-preamble": "no", "save": "", "port": "0"}
         assert wanted == {name: client.config_get(name)[name] for name in wanted}
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "only this machine and this folder see this store" in caplog.text
@@ -743,6 +744,66 @@ def test_durability_always_reaches_the_server(place: Place) -> None:
         file.write(b"CONFIG GET appendfsync\r\n")
         file.flush()
         assert [file.readline().strip() for _ in range(5)][4] == b"always"
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, to slow a server's syncs down")
+def test_a_server_killed_while_its_disk_syncs_slowly_loses_nothing_that_it_acknowledged(place: Place) -> None:
+    redis = pytest.importorskip("redis")
+    # With its own `everysec` the server holds writes back while a sync takes long, and answers all the same.
+    slow = place.root / "slow-server"
+    binary, _ = find_binary(None)
+    slowly = "-f -qq -o /dev/null -e trace=fsync,fdatasync -e inject=fsync,fdatasync:delay_enter=900000"
+    slow.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {binary} "$@"\nexec strace {slowly} {binary} "$@"\n')
+    slow.chmod(0o755)
+    with redis.Redis.from_url(place.server(binary=str(slow)).ensure()) as client:
+        begun, acknowledged = time.monotonic(), 0
+        while time.monotonic() < begun + 2.5:
+            acknowledged = client.incr("acknowledged")
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+    eventually(place.empty, 10)
+    with redis.Redis.from_url(place.server().ensure()) as client:
+        assert int(client.get("acknowledged")) == acknowledged > 100
+
+
+def test_the_keeper_syncs_what_has_grown_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("a")
+    other.write_text("b")
+    sizes: dict[str, int] = {}
+    _keeper.sync(str(tmp_path), sizes)
+    assert {str(one), str(other)} == set(synced)
+    synced.clear()
+    other.write_text("bb")
+    _keeper.sync(str(tmp_path), sizes)
+    assert [str(other)] == synced
+
+
+def test_the_keeper_syncs_the_append_only_file_of_its_server(place: Place) -> None:
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("needs strace, to see the keeper's calls")
+    redis = pytest.importorskip("redis")
+    server = place.server()
+    url = server.ensure()
+    status = server.status()
+    assert status is not None
+    with (
+        subprocess.Popen(
+            [strace, "-f", "-y", "-e", "trace=fsync", "-p", str(status.keeper_pid)], stderr=subprocess.PIPE, text=True
+        ) as traced,
+        redis.Redis.from_url(url) as client,
+    ):
+        assert traced.stderr is not None
+        client.set("written", "now")
+        for line in traced.stderr:
+            if "fsync(" in line and ".incr.aof" in line:
+                break
+        else:
+            pytest.fail("the keeper has synced nothing")
+        traced.terminate()
 
 
 FOREGROUND = """

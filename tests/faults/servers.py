@@ -32,7 +32,8 @@ class OwnServer:
             "dir": str(folder),
             "save": "",
             "appendonly": "yes",
-            "appendfsync": "everysec",
+            # With "everysec" a kill -9 may lose what was acknowledged while the disk was slow.
+            "appendfsync": "always",
             "maxmemory-policy": "noeviction",
         }
         self.options |= {name.replace("_", "-"): value for name, value in options.items()}
