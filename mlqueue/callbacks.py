@@ -1,24 +1,298 @@
-"""Callbacks: the URL that is fetched when a job has ended."""
+"""Callbacks: the URL that is fetched when a job has ended.
+
+The script that ends a job creates one of the actor here for it, and workers run that beside their threads. Each try is
+noted on the record of the job that has ended, before the next one is arranged; a process that dies in between makes it
+once more: delivered is at least once, and failed is what the record says.
+
+A receiver may be anything: its address is checked when it is known, and called without asking again; one try ends at
+a moment, however slowly the receiver speaks; nothing that it sends is kept but the status.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import functools
+import io
+import logging
+import queue
+import socket
+import ssl
+import string
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 import dramatiq
 
-from .store.records import CALLBACK, CALLBACKS
+from .delivery import Delivery, HandBack, Retry, current_delivery
+from .errors import JobNotFound, StoreUnavailable
+from .job import CallbackAttempt, CallbackState, JobRecord, State
+from .store import Store
+from .store.records import CALLBACK, CALLBACKS, pack_callback_attempt
+from .urlpolicy import AddressPolicy, AddressRefused, canonical, policy_of
+
+#: The pauses before the second and the third try, in seconds.
+PAUSES: Final = (1.0, 5.0)
+
+#: The most that is read of an answer, its head included, in bytes.
+MOST_READ: Final = 64 * 1024
+
+#: How long the rest of an answer is waited for when its status is known, in seconds: a receiver that still writes when
+#: the connection is closed would log an error.
+LINGER: Final = 1.0
+
+logger = logging.getLogger("mlqueue.callbacks")
 
 
-def deliver() -> None:
-    """Fetches the URL of the job that this one is about."""
-    raise NotImplementedError
-
-
-def callback_actor(broker: Any) -> dramatiq.Actor[Any, Any]:
+def callback_actor(broker: Any) -> dramatiq.Actor[[], None]:
     """The actor that delivers callbacks."""
     return dramatiq.Actor(
         deliver, broker=broker, actor_name=CALLBACK, queue_name=CALLBACKS, priority=0, options={"max_retries": 10}
     )
+
+
+def deliver() -> None:
+    """Makes one try to fetch the URL of the job that this one is about, its parent."""
+    delivery = current_delivery.get()
+    if delivery is None:
+        raise RuntimeError(f"{CALLBACK} was called outside a worker; Job.redeliver() has a callback delivered again.")
+    store: Store = delivery.broker.store
+    try:
+        record = store.record(delivery.held.parent)
+        if _is_due(record, delivery):
+            _try_once(delivery, store, record)
+    except JobNotFound:
+        logger.info("job %s is gone; its callback is not delivered", delivery.held.parent)
+    except StoreUnavailable as error:
+        # No try of the receiver's, so it does not count as one.
+        logger.warning("the callback of job %s waits for the store: %s", delivery.held.parent, error)
+        raise HandBack from error
+
+
+def _is_due(record: JobRecord, delivery: Delivery) -> bool:
+    if not record.state.ended:
+        logger.info("job %s was put back and is %s; it calls back at its next end", record.id, record.state)
+        return False
+    if delivery.held.retries and record.callback_state is CallbackState.DELIVERED:
+        logger.info("the callback of job %s was delivered meanwhile, by Job.redeliver()", record.id)
+        return False
+    return True
+
+
+def _try_once(delivery: Delivery, store: Store, record: JobRecord) -> None:
+    settings, pump, retries = store.settings, delivery.broker.pump, delivery.held.retries
+    at, begun = store.now(), time.monotonic()
+    policy = policy_of(settings.callback_allow, loopback=store.connector.embedded is not None)
+    answer = fetch(callback_url(record), policy, settings.callback_timeout)
+    took = round(time.monotonic() - begun, 4)
+    pause = PAUSES[retries] if answer.again and retries < len(PAUSES) else None
+    attempt = CallbackAttempt(
+        at=at, seconds=took, status=answer.status, error=answer.error, worker=pump.worker if pump else ""
+    )
+    state = "d" if not answer.error else "f" if pause is None else "p"
+    if not store.note_callback(record.id, state, pack_callback_attempt(attempt)):
+        raise JobNotFound.of(record.id, store.namespace)
+    # The host only: a query may hold what is nobody's business.
+    host = urlsplit(record.callback or "").netloc
+    if not answer.error:
+        logger.info("the callback of job %s is delivered: %s answered %s", record.id, host, answer.status)
+    elif pause is None:
+        logger.warning("the callback of job %s is given up: %s: %s", record.id, host, answer.error)
+    else:
+        logger.info("the callback of job %s is tried again in %g s: %s: %s", record.id, pause, host, answer.error)
+        delivery.retry_delay = pause  # also where an app has other middleware than Retries
+        raise Retry(answer.error, delay=pause)
+
+
+def callback_url(record: JobRecord) -> str:
+    """The URL of a job that has ended, with what is told in its query; the query that it has stays as it is."""
+    told = {
+        "success": int(record.state is State.SUCCEEDED),
+        "job_id": record.id,
+        "short_result": record.short_text,
+    }
+    url = urlsplit(record.callback or "")
+    query = "&".join(filter(None, (url.query, urlencode(told, quote_via=quote))))
+    return url._replace(query=query).geturl()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a try went."""
+
+    #: The HTTP status; None when there was none.
+    status: int | None
+    #: Why it was no delivery, without anything of the URL but its host; empty when it was one.
+    error: str = ""
+    #: Whether another try may go better.
+    again: bool = False
+
+
+def fetch(url: str, policy: AddressPolicy, timeout: float) -> Answer:
+    """Makes one GET of a URL, in `timeout` seconds all in all. Follows no redirect, uses no proxy, sends no cookie."""
+    try:
+        status = _status(url, policy, _Deadline(timeout))
+    except AddressRefused as error:
+        return Answer(None, str(error))
+    except UnicodeError:
+        return Answer(None, "its host cannot be a name")
+    except TimeoutError:
+        return Answer(None, f"no answer within {timeout:g} s", again=True)
+    except ssl.SSLCertVerificationError as error:
+        return Answer(None, f"its certificate is not accepted: {error.verify_message}", again=True)
+    except socket.gaierror as error:
+        return Answer(None, f"its host is not found: {error.strerror}", again=True)
+    except OSError as error:
+        return Answer(None, f"its connection failed: {error.strerror or type(error).__name__}", again=True)
+    except _NoAnswer as error:
+        return Answer(None, str(error), again=True)
+    if 200 <= status < 300:
+        return Answer(status)
+    if 300 <= status < 400:
+        return Answer(status, f"answered {status}, a redirect; they are not followed")
+    return Answer(status, f"answered {status}", again=status == 429 or status >= 500)
+
+
+class _NoAnswer(Exception):
+    """What came back is not HTTP. Its text holds nothing of that: a receiver may send back what it was sent."""
+
+
+class _Deadline:
+    """The moment at which a try ends."""
+
+    def __init__(self, timeout: float) -> None:
+        self._at = time.monotonic() + timeout
+
+    def left(self) -> float:
+        """Seconds until then. Raises TimeoutError when it has passed."""
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def hasten(self, seconds: float) -> None:
+        """Moves it nearer: to `seconds` from now."""
+        self._at = min(self._at, time.monotonic() + seconds)
+
+
+def _status(url: str, policy: AddressPolicy, deadline: _Deadline) -> int:
+    parts = urlsplit(url)
+    host, tls = canonical(parts.hostname or ""), parts.scheme == "https"
+    port = parts.port if parts.port is not None else 443 if tls else 80
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(_connect(host, port, policy, deadline))
+        if tls:
+            connection.settimeout(deadline.left())
+            connection = tls_context().wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False)
+            stack.enter_context(connection).do_handshake()
+        connection.settimeout(deadline.left())
+        connection.sendall(_request(parts, host))
+        return _answered(connection, deadline)
+
+
+def _request(parts: SplitResult, host: str) -> bytes:
+    name = f"[{host}]" if ":" in host else host
+    # What is no ASCII is encoded, what is stays as it was written.
+    target = quote(f"{parts.path or '/'}?{parts.query}", safe=string.punctuation)
+    lines = (
+        f"GET {target} HTTP/1.1",
+        f"Host: {name}" if parts.port is None else f"Host: {name}:{parts.port}",
+        f"User-Agent: mlqueue/{sys.modules[__package__].__version__}",
+        "Accept: */*",
+        "Connection: close",
+        "",
+        "",
+    )
+    return "\r\n".join(lines).encode("ascii")
+
+
+def _answered(connection: socket.socket, deadline: _Deadline) -> int:
+    import http.client
+
+    incoming: Any = _Incoming(connection, deadline)  # http.client reads from whatever has a `makefile`
+    with http.client.HTTPResponse(incoming, method="GET") as response:
+        try:
+            response.begin()
+        except (http.client.HTTPException, ValueError) as error:
+            hung_up = isinstance(error, ConnectionError)
+            raise _NoAnswer("hung up without an answer" if hung_up else "its answer is not HTTP") from None
+        deadline.hasten(LINGER)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            response.read(MOST_READ)
+        return response.status
+
+
+class _Incoming(io.RawIOBase):
+    """What comes over a connection, until the deadline and at most `MOST_READ` bytes: neither a receiver that drips nor
+    one that floods holds a try for longer."""
+
+    def __init__(self, connection: socket.socket, deadline: _Deadline) -> None:
+        self._connection = connection
+        self._deadline = deadline
+        self._room = MOST_READ
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(self._deadline.left())
+        count = self._connection.recv_into(buffer, min(len(buffer), self._room)) if self._room else 0
+        self._room -= count
+        return count
+
+
+def _connect(host: str, port: int, policy: AddressPolicy, deadline: _Deadline) -> socket.socket:
+    """A connection to an address of a host, which is looked up once: a second answer might be another one."""
+    found = _resolve(host, port, deadline)
+    policy.check(host, [address[0] for *_, address in found])
+    failure: OSError | None = None
+    for number, (family, kind, protocol, _, address) in enumerate(found):
+        connection = None
+        try:
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(deadline.left() / (len(found) - number))
+            connection.connect(address)
+        except OSError as error:
+            failure = error
+            if connection is not None:
+                connection.close()
+        else:
+            return connection
+    raise failure or socket.gaierror(socket.EAI_NONAME, "no address")
+
+
+def _resolve(host: str, port: int, deadline: _Deadline) -> list[tuple[Any, ...]]:
+    """All addresses of a host. Asked in a thread, which is left behind when it takes too long: nothing can stop it."""
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
+            answers.put(error)
+
+    threading.Thread(target=look_up, name="mlqueue-resolve", daemon=True).start()
+    try:
+        answer = answers.get(timeout=deadline.left())
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """Checks certificates against those of the system, or of ``SSL_CERT_FILE``. Made once: reading them takes time."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 __all__ = ["callback_actor"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from . import codec
 from .errors import JobCancelled, JobFailed, MLQueueError, ResultTimeout
@@ -32,6 +32,49 @@ class JobEvent:
     note: str | None
     #: Which start of the job this is.
     attempt: int
+
+
+class Look(Protocol):
+    """What somebody who looked at a job saw of it: as `JobRecord`."""
+
+    @property
+    def state(self) -> State: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+    @property
+    def progress(self) -> int | float | str | None: ...
+
+    @property
+    def progress_note(self) -> str | None: ...
+
+
+def events_of(looks: Iterable[Look]) -> Iterator[JobEvent]:
+    """The changes of a job from one look to the next; the first has its state."""
+    last: tuple[State, int] | None = None
+    shown: tuple[object, object] = (None, None)
+    for look in looks:
+        if (look.progress, look.progress_note) != shown:
+            shown = (look.progress, look.progress_note)
+            if last is not None and not look.state.ended:
+                yield _event("progress", look)
+        if (look.state, look.attempt) != last:
+            last = (look.state, look.attempt)
+            yield _event("state", look)
+
+
+def _event(kind: str, look: Look) -> JobEvent:
+    return JobEvent(kind=kind, state=look.state, progress=look.progress, note=look.progress_note, attempt=look.attempt)
+
+
+def refuse_on_event_loop(method: str) -> None:
+    """Raises `MLQueueError` in a coroutine, where this method of a job would block all others."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise MLQueueError(f"Job.{method}() would block the event loop; write `await job` there.")
 
 
 class Job(Generic[R_co]):
@@ -77,7 +120,7 @@ class Job(Generic[R_co]):
 
     def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Waits until the job has ended; False when `timeout` seconds pass first."""
-        self._refuse_on_event_loop("wait")
+        refuse_on_event_loop("wait")
         return wait_end(self._store, self.id, seconds(timeout, "timeout")) is not None
 
     def result(self, timeout: float | timedelta | None = None) -> R_co:
@@ -93,7 +136,7 @@ class Job(Generic[R_co]):
 
     def full_result(self, timeout: float | timedelta | None = None) -> Result:
         """As `result`, but the whole `Result`: short, full and content type."""
-        self._refuse_on_event_loop("result")
+        refuse_on_event_loop("result")
         end = wait_end(self._store, self.id, seconds(timeout, "timeout"))
         if end is None:
             raise self._timed_out(timeout)
@@ -113,28 +156,8 @@ class Job(Generic[R_co]):
 
         Changes that follow each other faster than they are read are yielded as one. Stops after `timeout` seconds.
         """
-        self._refuse_on_event_loop("events")
-        last: tuple[State, int] | None = None
-        shown: tuple[object, object] = (None, None)
-        for _ in changes(self._store, self.id, seconds(timeout, "timeout")):
-            record = self._brief()
-            if (record.progress, record.progress_note) != shown:
-                shown = (record.progress, record.progress_note)
-                if last is not None and not record.state.ended:
-                    yield self._event("progress", record)
-            if (record.state, record.attempt) != last:
-                last = (record.state, record.attempt)
-                yield self._event("state", record)
-
-    @staticmethod
-    def _event(kind: str, record: JobRecord) -> JobEvent:
-        return JobEvent(
-            kind=kind,
-            state=record.state,
-            progress=record.progress,
-            note=record.progress_note,
-            attempt=record.attempt,
-        )
+        refuse_on_event_loop("events")
+        return events_of(self._brief() for _ in changes(self._store, self.id, seconds(timeout, "timeout")))
 
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""
@@ -170,10 +193,8 @@ class Job(Generic[R_co]):
         if outcome.state is State.CANCELLED:
             return JobCancelled(f"job {self.id} was cancelled.", job_id=self.id, reason="cancelled")
         error = outcome.error or JobError(type="", message="")
-        kind = error.type.removeprefix("builtins.")
-        what = f"{kind}: {error.message}" if kind else error.message
         return JobFailed(
-            f"job {self.id} is dead ({outcome.reason}): {what}",
+            f"job {self.id} is dead ({outcome.reason}): {error.text}",
             job_id=self.id,
             reason=outcome.reason,
             error_type=error.type,
@@ -188,13 +209,6 @@ class Job(Generic[R_co]):
             f"job {self.id} is {record.state}{where} after {seconds(timeout, 'timeout'):g} s; it goes on. "
             f"Wait again, or longer.{workers}"
         )
-
-    def _refuse_on_event_loop(self, method: str) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        raise MLQueueError(f"Job.{method}() would block the event loop; write `await job` there.")
 
     def __repr__(self) -> str:
         return f"<Job {self.id}>"

@@ -90,6 +90,12 @@ class JobError:
     #: The formatted traceback, its frames in the worker; empty when nothing was raised.
     traceback: str = ""
 
+    @property
+    def text(self) -> str:
+        """The error as a traceback ends: ``ValueError: no such file``."""
+        kind = self.type.removeprefix("builtins.")
+        return f"{kind}: {self.message}" if kind else self.message
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
@@ -260,6 +266,9 @@ class JobRecord:
     timeouts: int = 0
     #: Its own timeout in seconds; None when it has none (a reaper may bind one to the namespace).
     job_timeout: float | None = None
+    #: Its own ``max_crashes`` and ``max_stalls``; None where the settings' count.
+    max_crashes: int | None = None
+    max_stalls: int | None = None
     #: The id of the job that it waits for now.
     waits_for: str | None = None
     #: How its cancelling ended it: ``waiting`` (it never ran), ``raised`` (it was stopped), ``ended`` (it had ended by
@@ -269,6 +278,14 @@ class JobRecord:
     callback: str | None = None
     callback_state: CallbackState | None = None
     callback_attempts: tuple[CallbackAttempt, ...] = ()
+
+    @property
+    def short_text(self) -> str:
+        """The short result as text, for where it has no type: ``str()`` of it, empty when there is none, and the first
+        line of the error when the job is dead."""
+        if self.state is State.DEAD and self.error is not None:
+            return self.error.text.strip().partition("\n")[0][: Result.MAX_SHORT]
+        return "" if self.short_result is None else str(self.short_result)
 
     def asdict(self) -> dict[str, Any]:
         """The record as plain values, for JSON."""

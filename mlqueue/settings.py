@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .errors import SettingsError
+from .urlpolicy import policy_of
 
-__all__ = ["PREFIX", "Described", "Settings"]
+__all__ = ["PREFIX", "Described", "Settings", "parse_duration"]
 
 #: What the name of every environment variable of ours begins with.
 PREFIX = "MLQUEUE_"
@@ -79,6 +80,16 @@ class _Text:
 
     def show(self, value: Any) -> str:
         return str(value)
+
+
+class _Addresses(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        try:
+            policy_of(text)
+        except ValueError as error:
+            raise _Invalid(str(error)) from None
+        return text
 
 
 class _Namespace(_Text):
@@ -209,6 +220,11 @@ class _Size:
 
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": _MINUTE, "h": _HOUR, "d": _DAY}
 _BYTES = {"": 1, "b": 1, "k": _KIB, "m": _MIB, "g": _GIB, "t": 2**40}
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of a text as ``1.5``, ``500ms``, ``30s``, ``5m``, ``2h``, ``30d``; None for any other."""
+    return _with_unit(text, _SECONDS)
 
 
 def _with_unit(text: str, units: Mapping[str, float]) -> float | None:
@@ -353,7 +369,7 @@ class Settings:
         metadata=_about(
             "Which addresses that are not public callbacks may go to: networks (10.1.2.0/24), hosts, `loopback`, "
             "`private`, parted by commas. Loopback is allowed by itself with the embedded server.",
-            _Text(),
+            _Addresses(),
             none="public addresses only",
         ),
     )
@@ -397,6 +413,10 @@ class Settings:
     )
     max_result_bytes: int = field(
         default=512 * _MIB, metadata=_about("How large a result may be, encoded.", _Size(_KIB, 64 * _GIB))
+    )
+    max_data_bytes: int = field(
+        default=512 * _MIB,
+        metadata=_about("How large the data under one key may be that jobs keep for each other.", _Size(1, 64 * _GIB)),
     )
     data_home: Path | None = field(
         default=None,

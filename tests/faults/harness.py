@@ -266,6 +266,11 @@ class Report:
     recovered: int = 0
     #: Jobs that are dead, as they should be.
     dead_lettered: int = 0
+    #: Callbacks that were delivered, that are on the record as failed, and calls beyond one for each try on the record:
+    #: allowed, at least once is what is promised.
+    callbacks_delivered: int = 0
+    callbacks_failed: int = 0
+    callbacks_repeated: int = 0
     #: The longest time from a fault to the next start of a job that it hit, in seconds; None where none was hit.
     max_recovery_s: float | None = None
     #: Where a test bounds how long something takes, the longest that it took, in seconds.
