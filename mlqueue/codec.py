@@ -44,7 +44,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from enum import Enum
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
@@ -56,11 +56,13 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_BYTES",
     "MAX_DEPTH",
+    "Raw",
     "decode",
     "decode_call",
     "encode",
     "encode_call",
     "encode_fields",
+    "raw_of",
 ]
 
 #: How many lists and dicts may stand within each other.
@@ -107,15 +109,18 @@ def encode_fields(fields: Mapping[str, object], *, max_bytes: int = MAX_BYTES) -
     return _encode(dict(fields), "", tuple(fields), max_bytes)
 
 
-def decode(data: bytes | memoryview) -> Any:
+def decode(data: bytes | memoryview, *, max_values: int | None = None) -> Any:
     """The value that :func:`encode` made `data` of.
 
     Whatever bytes it gets, it raises nothing but :class:`DecodeError`, executes nothing, and needs memory in
-    proportion to their length.
+    proportion to their length: up to ninety times as much for what is nothing but empty dicts. Where that is too much,
+    `max_values` bounds how many items and members lists and dicts have, all in all, before they are built.
     """
     if type(data) is not bytes:
         data = memoryview(data).cast("B")
     try:
+        if max_values is not None:
+            _check_count(data, max_values)
         if len(data) > MAX_DEPTH:
             if data[0] == _FRAME_BYTE:
                 return _decode_frame(data)
@@ -610,6 +615,63 @@ def _instead_of(value: object) -> str:
     )
 
 
+# Finding what a large value consists of, without reading all of it.
+
+
+class Raw(NamedTuple):
+    """Where the bytes lie that a value is made of."""
+
+    #: ``bytes``, ``text`` (UTF-8) or ``array`` (its elements).
+    kind: str
+    start: int
+    size: int
+    #: Of an array.
+    dtype: np.dtype[Any] | None = None
+    order: str = "C"
+    shape: tuple[int, ...] = ()
+
+
+def raw_of(head: bytes, size: int) -> Raw | None:
+    """What the encoding of a value of `size` bytes holds that begins with `head`: 64 KiB of it, or all.
+
+    None for a value that is neither bytes, text nor a large array, and for what is none of ours: `decode` says more.
+    """
+    try:
+        if head[:1] == _FRAME_MAGIC[:1]:
+            return _raw_array(head, size)
+        kind, offset, length = _RAW_HEADS.get(head[0], ("", 0, 0))
+        if 0xA0 <= head[0] <= 0xBF:
+            kind, offset, count = "text", 1, head[0] & 0x1F
+        else:
+            count = int.from_bytes(head[1 : 1 + length], "big")
+        return Raw(kind, offset, count) if kind and offset + count == size else None
+    except _MALFORMED:
+        return None
+
+
+#: What begins with these bytes: kind, length of the beginning, bytes of it that say how long the rest is.
+_RAW_HEADS = {
+    0xC4: ("bytes", 2, 1),
+    0xC5: ("bytes", 3, 2),
+    0xC6: ("bytes", 5, 4),
+    0xD9: ("text", 2, 1),
+    0xDA: ("text", 3, 2),
+    0xDB: ("text", 5, 4),
+}
+
+
+def _raw_array(head: bytes, size: int) -> Raw | None:
+    magic, length = _FRAME.unpack_from(head)
+    value = msgpack.unpackb(head[_FRAME.size : _FRAME.size + length], ext_hook=msgpack.ExtType)
+    if magic != _FRAME_MAGIC or not isinstance(value, msgpack.ExtType) or value.code != _SEGMENT:
+        return None
+    (description, order, shape, offset), _ = _header(value.data)
+    dtype = _build_dtype(description)
+    count = math.prod(shape) * dtype.itemsize
+    start = _segments_start(length) + offset
+    return Raw("array", start, count, dtype, order, tuple(shape)) if start + count <= size else None
+
+
 # Decoding.
 
 #: What reading bytes that nobody wrote can raise, in msgpack, in NumPy, and below.
@@ -657,6 +719,34 @@ def _check_structure(data: bytes | memoryview) -> None:
         raise ValueError(f"more than {MAX_DEPTH} lists and dicts within each other") from None
     except msgpack.OutOfData:
         raise ValueError("cut off") from None
+
+
+def _check_count(data: bytes | memoryview, most: int) -> None:
+    """Raises if the lists and dicts of a value have more items than `most`. Each is dropped as soon as it is
+    counted."""
+    if data[:1] == _FRAME_MAGIC[:1]:
+        data = data[_FRAME.size : _FRAME.size + _FRAME.unpack_from(data)[1]]
+    if len(data) <= most:
+        return
+    _check_structure(data)
+    left = most
+
+    def count(items: list[object]) -> None:
+        nonlocal left
+        left -= len(items) + 1
+        if left < 0:
+            raise ValueError(f"more than {most:,} items in its lists and dicts")
+
+    msgpack.unpackb(
+        data,
+        raw=True,
+        list_hook=count,
+        object_pairs_hook=count,
+        ext_hook=_ignore_ext,
+        strict_map_key=False,
+        max_array_len=most,
+        max_map_len=most,
+    )
 
 
 @functools.cache

@@ -19,6 +19,9 @@ from .job import NewJob, check_id
 from .settings import Settings
 from .store import Held
 
+#: The actor that runs the functions of MLQ's listeners; its one argument is the message that was posted.
+LISTENER: Final = "mlqueue.listener"
+
 #: Options that become fields of the record rather than part of the body.
 LIFTED: Final = frozenset(
     {
@@ -42,8 +45,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and bool(0 <= value < 2**31)
 
 
 def _is_url(value: object) -> bool:
@@ -79,8 +86,8 @@ def _is_message(value: object) -> bool:
 
 #: Dramatiq's options: what each must be. A wrong type would end a worker's thread where it is first used.
 OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
-    "retries": (_is_count, "an int, 0 or more"),
-    "max_retries": (lambda value: value is None or _is_count(value), "an int, 0 or more, or None"),
+    "retries": (_is_count, "an int, 0 or more (below 2 ** 31)"),
+    "max_retries": (lambda value: value is None or _is_count(value), "an int, 0 or more (below 2 ** 31), or None"),
     "min_backoff": (_is_number, "a number of milliseconds"),
     "max_backoff": (_is_number, "a number of milliseconds"),
     "max_age": (lambda value: value is None or _is_number(value), "a number of milliseconds, or None"),
@@ -104,15 +111,15 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "set on the actor (@actor(throws=ValueError)): classes cannot travel in a message",
     ),
     "result_ttl": (lambda value: value is None or (_is_number(value) and value >= 0), "seconds, or None for ever"),
-    "priority": (lambda value: isinstance(value, int) and -1000 <= value <= 1000, "an int from -1,000 to 1,000"),
+    "priority": (lambda value: _is_whole(value) and -1000 <= value <= 1000, "an int from -1,000 to 1,000"),
     "tags": (
         lambda value: (
             isinstance(value, list | tuple) and all(isinstance(tag, str) and 0 < len(tag) <= 100 for tag in value)
         ),
         "a list of texts of 1 to 100 characters",
     ),
-    "max_crashes": (lambda value: _is_count(value) and value > 0, "an int, 1 or more"),
-    "max_stalls": (lambda value: _is_count(value) and value > 0, "an int, 1 or more"),
+    "max_crashes": (lambda value: _is_count(value) and value > 0, "an int, 1 or more (below 2 ** 31)"),
+    "max_stalls": (lambda value: _is_count(value) and value > 0, "an int, 1 or more (below 2 ** 31)"),
     "callback": (
         lambda value: value is None or _is_url(value),
         f"a URL, http:// or https:// with a host and without a user, of at most {MAX_URL:,} characters",

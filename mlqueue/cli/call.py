@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from ..errors import JobFailed, MLQueueError
+from ..errors import JobFailed, MLQueueError, SettingsError
 from ..settings import Settings
 from .text import on_terminal, one_line
 from .values import plain
@@ -39,6 +39,9 @@ class Call:
         #: ``--namespace`` and ``--url``; None where they were not given.
         self.namespace: str | None = None
         self.url: str | None = None
+        #: ``--redis_host`` and ``--redis_port``, which MLQ's commands have; None where they were not given.
+        self.redis_host: str | None = None
+        self.redis_port: int | None = None
         #: What is closed when the command has ended.
         self.closing = contextlib.ExitStack()
 
@@ -49,9 +52,16 @@ class Call:
 
     def settings_under(self, options: Mapping[str, object]) -> Settings:
         """The settings, under these options (None: not given) and the ones that all commands have."""
-        given = {"url": self.url, "namespace": self.namespace, **options}
+        given = {"url": self._given_url(), "namespace": self.namespace, **options}
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return Settings.load(**chosen)
+
+    def _given_url(self) -> str | None:
+        if self.redis_host is None and self.redis_port is None:
+            return self.url
+        if self.url is not None:
+            raise SettingsError(f"both --url ({self.url}) and --redis_host or --redis_port were given: choose one.")
+        return f"redis://{self.redis_host or 'localhost'}:{self.redis_port or 6379}/0"
 
     # Answers
 
@@ -74,7 +84,7 @@ class Call:
         if not self.json:
             click.echo(f"mlqueue: {one_line(text)}", err=True)
 
-    def more(self, cursor: int) -> None:
+    def more(self, cursor: int | str) -> None:
         """Says where the next page begins."""
         if self.json:
             click.echo(json.dumps({"cursor": cursor}), err=True)
@@ -158,17 +168,42 @@ def common_options(function: F) -> F:
     return function
 
 
-def command(cls: type[click.Command] = click.Command) -> Callable[[Callable[..., int | None]], click.Command]:
-    """Makes a function a command."""
+def redis_options(function: F) -> F:
+    """Gives a command the flags by which MLQ's commands were told where the store is."""
+    for option in (
+        click.option(
+            "--redis_port",
+            type=click.IntRange(1, 65535),
+            metavar="PORT",
+            expose_value=False,
+            callback=_remember,
+            help="The store's port, as MLQ took it [6379].",
+        ),
+        click.option(
+            "--redis_host",
+            metavar="HOST",
+            expose_value=False,
+            callback=_remember,
+            help="The store's host, as MLQ took it; --url goes further [localhost].",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def command(
+    cls: type[click.Command] = click.Command, **attributes: Any
+) -> Callable[[Callable[..., int | None]], click.Command]:
+    """Makes a function a command; `attributes` are further arguments of its class."""
 
     def make(function: Callable[..., int | None]) -> click.Command:
         @functools.wraps(function)
         def with_call(*args: Any, **kwargs: Any) -> int | None:
             return function(click.get_current_context().find_object(Call), *args, **kwargs)
 
-        return click.command(cls=cls, context_settings=HELP)(common_options(with_call))
+        return click.command(cls=cls, context_settings=HELP, **attributes)(common_options(with_call))
 
     return make
 
 
-__all__ = ["COMMON_OPTIONS", "HELP", "Call", "command", "common_options"]
+__all__ = ["COMMON_OPTIONS", "HELP", "Call", "command", "common_options", "redis_options"]

@@ -11,7 +11,7 @@ import click
 
 from .. import codec
 from ..errors import MLQueueError
-from ..job import Attempt, JobRecord, State
+from ..job import Attempt, CallbackAttempt, JobRecord, State
 from ..store import Store, WorkerInfo
 from . import types
 from .call import Call, command
@@ -114,7 +114,7 @@ def show(call: Call, job_id: str) -> None:
     if call.json:
         call.emit({**record.asdict(), **call_of})
     else:
-        call.write("".join(f"{line}\n" for line in _lines(record, call_of)))
+        call.write("".join(f"{line}\n" for line in lines(record, call_of)))
 
 
 def _arguments(store: Store, job_id: str) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def _arguments(store: Store, job_id: str) -> dict[str, Any]:
     return {"args": args, "kwargs": kwargs}
 
 
-def _lines(record: JobRecord, call_of: dict[str, Any]) -> Iterator[str]:
+def lines(record: JobRecord, call_of: dict[str, Any]) -> Iterator[str]:
+    """All that is known of a job, for a person: its record and its message (``args``, ``kwargs``, ``options``)."""
     for name, value in _facts(record, call_of):
         if value not in (None, ""):
             yield f"{name:<12}{clean(value)}"
@@ -136,6 +137,10 @@ def _lines(record: JobRecord, call_of: dict[str, Any]) -> Iterator[str]:
         yield "\nattempts that did not succeed"
         for attempt in record.attempts:
             yield f"{attempt.attempt:>4}  {_attempt(attempt)}"
+    if record.callback_attempts:
+        yield "\ntries to deliver the callback"
+        for number, tried in enumerate(record.callback_attempts, 1):
+            yield f"{number:>4}  {_callback_attempt(tried)}"
 
 
 def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -144,9 +149,13 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     yield "actor", record.actor
     yield "queue", record.queue
     yield "arguments", _call_text(call_of)
+    yield "options", ", ".join(f"{name}={_value(value)}" for name, value in (call_of.get("options") or {}).items())
+    yield "functions", ", ".join(record.functions)
     yield "priority", record.priority or None
     yield "tags", ", ".join(record.tags)
     yield "parent", record.parent
+    yield "waits for", record.waits_for
+    yield "callback", record.callback and f"{record.callback}  ({record.callback_state or 'when it has ended'})"
     yield "progress", progress(record)
     for name, moment in (
         ("created", record.created_at),
@@ -157,7 +166,10 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
         yield name, moment and f"{iso(moment)}  ({ago(moment)})"
     yield "worker", record.worker
     counts = {"attempt": record.attempt, "retries": record.retries, "crashes": record.crashes, "stalls": record.stalls}
+    counts["timeouts"] = record.timeouts
     yield "counts", ", ".join(f"{name} {number}" for name, number in counts.items() if number)
+    yield "timeout", record.job_timeout and duration(record.job_timeout)
+    yield "cancelled", record.cancel_stage
     yield "checkpoint", "yes" if record.has_checkpoint else None
     yield "result", _result_text(record)
     yield "kept", None if record.result_ttl is None else f"{duration(record.result_ttl)} after its end"
@@ -193,6 +205,11 @@ def _attempt(attempt: Attempt) -> str:
     why = f": {error_text(attempt.error)}" if attempt.error else ""
     took = duration(max(0.0, attempt.ended_at - attempt.started_at))
     return clean(f"{iso(attempt.started_at)}  {attempt.outcome} after {took} on {attempt.worker}{why}")
+
+
+def _callback_attempt(tried: CallbackAttempt) -> str:
+    status = tried.status if tried.status is not None else "no answer"
+    return clean(f"{iso(tried.at)}  {status} after {duration(tried.seconds)}{tried.error and ': ' + tried.error}")
 
 
 @command()
@@ -250,4 +267,4 @@ def _worker(worker: WorkerInfo) -> dict[str, Any]:
     return {"id": worker.id, "lease_left": worker.lease_left, "jobs": list(worker.jobs), **info}
 
 
-__all__ = ["jobs", "show", "stats"]
+__all__ = ["jobs", "lines", "show", "stats"]

@@ -49,7 +49,7 @@ def _refuse_new_folder(connector: Connector) -> None:
 
 def the_only_namespace(connector: Connector) -> str | None:
     """The one namespace of the store; None when there is none. Raises `SettingsError` when there are several."""
-    found, complete = _namespaces(connector)
+    found, complete = namespaces(connector)
     if len(found) > 1:
         raise SettingsError(
             f"the store has several namespaces: {', '.join(sorted(found))}{'' if complete else ', ...'}. "
@@ -64,8 +64,8 @@ def the_only_namespace(connector: Connector) -> str | None:
     return found.pop() if found else None
 
 
-def _namespaces(connector: Connector) -> tuple[set[str], bool]:
-    """The namespaces, and whether these are all."""
+def namespaces(connector: Connector) -> tuple[set[str], bool]:
+    """The namespaces of the store, and whether these are all: looking for them takes long in a large one."""
     deadline = time.monotonic() + LIMIT
     found: set[str] = set()
     cursor = b"0"
@@ -78,4 +78,4 @@ def _namespaces(connector: Connector) -> tuple[set[str], bool]:
             return found, False
 
 
-__all__ = ["open_store", "the_only_namespace"]
+__all__ = ["namespaces", "open_store", "the_only_namespace"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import MLQueueError, ResultTimeout
+from ..files import replacing
 from ..handle import Job
 from ..job import Result, State
 from ..store import Store
@@ -123,17 +122,9 @@ def as_file(call: Call, value: Any) -> bytes:
 
 def _write_file(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all; a device or a pipe as it is."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        try:
-            part.write_bytes(data)
-            part.replace(path.resolve())
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        with replacing(path) as file:
+            file.write(data)
     except OSError as error:
         raise CannotWrite(
             f"{path} cannot be written ({error.strerror or error}); the result is kept: try another FILE."

@@ -27,7 +27,7 @@ def cancel(call: Call, job_ids: tuple[str, ...]) -> int:
             return "cancelling"
         return str(was if was.ended else State.CANCELLED)
 
-    return _each(call, job_ids, act)
+    return each(call, job_ids, act)
 
 
 @command()
@@ -43,10 +43,10 @@ def retry(call: Call, job_ids: tuple[str, ...]) -> int:
         store.retry(job_id)
         return str(State.QUEUED)
 
-    return _each(call, job_ids, act)
+    return each(call, job_ids, act)
 
 
-def _each(call: Call, job_ids: tuple[str, ...], act: Callable[[str], str]) -> int:
+def each(call: Call, job_ids: tuple[str, ...], act: Callable[[str], str]) -> int:
     """Does something to each job; one that it cannot be done to holds up none of the others. The exit code is that of
     the first error."""
     code = 0
@@ -66,4 +66,4 @@ def _each(call: Call, job_ids: tuple[str, ...], act: Callable[[str], str]) -> in
     return code
 
 
-__all__ = ["cancel", "retry"]
+__all__ = ["cancel", "each", "retry"]

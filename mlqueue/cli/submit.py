@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from . import types
 from .call import Call, command
 from .opening import open_store
 from .result import BinaryForTerminal, print_result
-from .values import from_text
+from .values import from_text, object_from_text, short
 from .watch import follow
 
 #: An argument that looks like an option and is a number.
@@ -66,6 +65,7 @@ class NumbersAreArguments(click.Command):
 )
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Lower runs first [0].")
 @click.option("--tag", "tags", multiple=True, metavar="TEXT", help="A text to find the job by. May be repeated.")
+@click.option("--callback", metavar="URL", help="What is fetched when the job has ended.")
 @click.option("--job-id", metavar="ID", help="Its id. Nothing is created when there is a job of that id already.")
 @click.option("--wait", is_flag=True, help="Wait for its end, showing its progress, and print its result.")
 def submit(
@@ -78,6 +78,7 @@ def submit(
     delay: float | None,
     priority: int | None,
     tags: tuple[str, ...],
+    callback: str | None,
     job_id: str | None,
     wait: bool,
 ) -> int | None:
@@ -90,8 +91,10 @@ def submit(
         check_id(job_id)
     actor = actor.removeprefix(MARK)
     args = tuple(from_text(text.removeprefix(MARK)) for text in arguments)
-    keywords = _keywords(kwargs) | _files(files, call.settings.max_message_bytes)
-    options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None}
+    keywords = ({} if kwargs is None else object_from_text("--kwargs", kwargs)) | _files(
+        files, call.settings.max_message_bytes
+    )
+    options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None, "callback": callback}
     given = {name: value for name, value in options.items() if value is not None}
     store = open_store(call, start=True)
     message = _enqueue(MLQ(store.namespace, settings=call.settings), store, actor, args, keywords, queue, given, job_id)
@@ -148,22 +151,12 @@ def _enqueue(
     return message
 
 
-def _keywords(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    value = from_text(text)
-    if not isinstance(value, dict):
-        what = "not JSON" if isinstance(value, str) else f"JSON, but a {type(value).__name__}"
-        raise InvalidJob(f"--kwargs {_short(text)} is {what}; it must be an object, such as '{{\"epochs\": 10}}'.")
-    return value
-
-
 def _files(given: tuple[str, ...], most: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or not name.isidentifier() or not path:
-            raise InvalidJob(f"--file {_short(text)}: write it as NAME=PATH, as in image=cat.png.")
+            raise InvalidJob(f"--file {short(text)}: write it as NAME=PATH, as in image=cat.png.")
         if name in found:
             raise InvalidJob(f"--file {name}=... was given twice; a keyword argument has one value.")
         found[name] = _read(path, most)
@@ -200,10 +193,6 @@ def _warn_if_unknown(call: Call, store: Store, actor: str, queue: str) -> None:
         close = difflib.get_close_matches(actor, known, n=1)
         hint = f" Did you mean {close[0]}?" if close else f" They know {', '.join(sorted(known))}." if known else ""
         call.talk(f"no worker that is alive knows the actor {actor!r}; the job waits in queue {queue!r}.{hint}")
-
-
-def _short(text: str) -> str:
-    return json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False)
 
 
 __all__ = ["submit"]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 import time
 from datetime import datetime
-from typing import Final
 
 import click
 
-UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+from ..settings import parse_duration
 
 
 def duration(text: str | float) -> float:
     """Seconds of a duration: ``1.5``, ``500ms``, ``30s``, ``5m``, ``2h``, ``30d``."""
-    found = _seconds(str(text))
+    found = parse_duration(str(text))
     if found is None:
         raise click.BadParameter(
             f"{text!r} is no duration; write seconds (1.5), or a number with ms, s, m, h or d (500ms, 2h)."
@@ -25,7 +24,7 @@ def duration(text: str | float) -> float:
 def moment(text: str | float) -> float:
     """Unix seconds of a time: how long ago (``10m``, ``2h``), ISO 8601 (local where it names no zone), or ``@`` and
     Unix seconds."""
-    found = _seconds(str(text))
+    found = parse_duration(str(text))
     if found is not None:
         return max(0.0, time.time() - found)
     if match := re.fullmatch(r"@(\d{1,10}(?:\.\d{0,9})?)", str(text), re.ASCII):
@@ -37,11 +36,6 @@ def moment(text: str | float) -> float:
             f"{text!r} is no time; write how long ago (10m, 2h, 3d), an ISO time (2026-01-31T12:00, local unless it "
             "names a zone), or @ and Unix seconds."
         ) from None
-
-
-def _seconds(text: str) -> float | None:
-    match = re.fullmatch(r"(\d{1,12}(?:\.\d{0,9})?|\.\d{1,9})\s*([a-z]*)", text.strip().lower(), re.ASCII)
-    return float(match[1]) * UNITS[match[2]] if match and match[2] in UNITS else None
 
 
 __all__ = ["duration", "moment"]

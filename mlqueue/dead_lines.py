@@ -1,0 +1,256 @@
+"""A dead letter as a line of JSON, and back.
+
+A line is an object: the fields of the record by their names, ``args``, ``kwargs`` and ``options`` for people to read,
+and ``body``, base64, from which the job is made again. Whoever hands in a line is not trusted: what is read is checked
+field by field, and of the options of the message only those are taken that say how the job itself is run.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from . import codec
+from .errors import DecodeError, InvalidJob
+from .job import Attempt, DeadReason, JobError, JobRecord, NewJob, State, check_id, seconds, timestamp
+from .message import check_options
+from .store.records import CALLBACKS, pack_dead
+from .values import plain
+
+#: Options that the message of an imported letter may have: those that say how the job itself is run. Dramatiq's others
+#: have its end start something else (``pipe_target``, ``on_failure``, ``group_...``); who may hand in a file could have
+#: any actor run with them.
+IMPORTABLE: Final = frozenset(
+    {
+        "retries",
+        "max_retries",
+        "min_backoff",
+        "max_backoff",
+        "max_age",
+        "time_limit",
+        "notify_shutdown",
+        "store_results",
+        "waits_count",
+        "delay",
+        "eta",
+    }
+)
+
+#: Fields of a record that are exported.
+EXPORTED: Final = (
+    "id",
+    "actor",
+    "queue",
+    "functions",
+    "dead_reason",
+    "error",
+    "attempts",
+    "attempt",
+    "retries",
+    "crashes",
+    "stalls",
+    "timeouts",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "worker",
+    "progress",
+    "progress_note",
+    "priority",
+    "tags",
+    "parent",
+    "callback",
+    "result_ttl",
+    "job_timeout",
+    "max_crashes",
+    "max_stalls",
+    "has_checkpoint",
+)
+
+#: Those of them that are options of the job; they are checked as such.
+OPTIONS: Final = (
+    "priority",
+    "tags",
+    "callback",
+    "functions",
+    "result_ttl",
+    "job_timeout",
+    "max_crashes",
+    "max_stalls",
+)
+
+
+def write_line(record: JobRecord, body: bytes) -> str:
+    """A dead job with its message as a line."""
+    fields = record.asdict()
+    entry = {name: fields[name] for name in EXPORTED}
+    try:
+        args, kwargs, options = codec.decode_call(body)
+    except DecodeError:
+        entry |= {"args": None, "kwargs": None, "options": None}
+    else:
+        entry |= {"args": args, "kwargs": kwargs, "options": options}
+    whole = plain(entry) | {"body": base64.b64encode(body).decode()}
+    return json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_line(line: str | bytes, max_body: int) -> tuple[str, bytes]:
+    """The id of a line's job, and the job as the store takes it (`mlqueue.store.records.pack_dead`). Raises
+    `InvalidJob`."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 included
+        raise InvalidJob(f"it is no JSON ({str(error) or type(error).__name__}).") from None
+    if not isinstance(entry, dict):
+        raise InvalidJob(f"it is JSON, but a {type(entry).__name__}; a dead letter is an object.")
+    fields = _read_fields(entry)
+    job = NewJob(**fields, body=_read_body(entry, max_body))
+    try:
+        return job.id, pack_dead(job, _read_record(entry, fields))
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise InvalidJob(f"a number or a text in it cannot be kept ({error}).") from None
+
+
+def _read_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job and its record have in common."""
+    options = {name: entry[name] for name in OPTIONS if entry.get(name) not in (None, [])}
+    check_options(options)
+    for name in ("result_ttl", "job_timeout"):
+        if name in options:
+            options[name] = seconds(options[name], name)
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    fields["id"] = check_id(entry.get("id"))
+    for name in ("queue", "actor"):
+        fields[name] = _field(entry, name, _is_name, "a text that is not empty")
+    if fields["queue"] == CALLBACKS:
+        raise InvalidJob(f"the queue {CALLBACKS} is mlqueue's own; what is in it belongs to other jobs.")
+    if entry.get("parent") is not None:
+        fields["parent"] = check_id(entry["parent"])
+    return fields
+
+
+def _read_body(entry: Mapping[str, Any], most: int) -> bytes:
+    text = _field(entry, "body", _is_text, "the message in base64")
+    try:
+        body = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise InvalidJob(f"body is no base64 ({error}).") from None
+    if len(body) > most:
+        raise InvalidJob(f"body has {len(body):,} bytes; allowed are {most:,} (MLQUEUE_MAX_MESSAGE_BYTES).")
+    try:
+        _, _, options = codec.decode_call(body)
+    except DecodeError:
+        return body  # it died of that, and nobody will run it as it is
+    foreign = sorted(set(options) - IMPORTABLE)
+    if foreign:
+        raise InvalidJob(
+            f"its message has the options {', '.join(foreign)}, with which nothing is imported; allowed are "
+            f"{', '.join(sorted(IMPORTABLE))}. Submit the job anew, or requeue it where it died."
+        )
+    return body
+
+
+def _read_record(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> JobRecord:
+    counts = {
+        name: _field(entry, name, _is_count, "an int, 0 or more", 0)
+        for name in ("attempt", "retries", "crashes", "stalls", "timeouts")
+    }
+    times = {name: timestamp(entry.get(name), name) for name in ("created_at", "started_at", "finished_at")}
+    if times["created_at"] is None or times["finished_at"] is None:
+        raise InvalidJob("created_at and finished_at are Unix seconds; one of them is missing.")
+    return JobRecord(
+        **fields,
+        **counts,
+        **times,  # type: ignore[arg-type]
+        state=State.DEAD,
+        dead_reason=DeadReason(
+            _field(entry, "dead_reason", lambda value: value in tuple(DeadReason), f"one of {', '.join(DeadReason)}")
+        ),
+        worker=_text(entry, "worker"),
+        progress=_progress(entry),
+        progress_note=_text(entry, "progress_note"),
+        error=_read_error(entry),
+        attempts=tuple(
+            map(_read_attempt, _field(entry, "attempts", _are_attempts, "a list of at most 50 objects", []))
+        ),
+    )
+
+
+def _read_attempt(entry: Mapping[str, Any]) -> Attempt:
+    return Attempt(
+        attempt=_field(entry, "attempt", _is_count, "an int, 0 or more"),
+        worker=_text(entry, "worker") or "",
+        started_at=timestamp(entry.get("started_at"), "started_at") or 0.0,
+        ended_at=timestamp(entry.get("ended_at"), "ended_at") or 0.0,
+        outcome=_field(entry, "outcome", _is_name, "a text that is not empty"),
+        error=_read_error(entry),
+    )
+
+
+def _read_error(entry: Mapping[str, Any]) -> JobError | None:
+    error = _field(entry, "error", lambda value: value is None or isinstance(value, dict), "an object, or null", None)
+    if error is None:
+        return None
+    texts = {name: _text(error, name) or "" for name in ("type", "message", "traceback")}
+    return JobError(**texts)
+
+
+def _progress(entry: Mapping[str, Any]) -> int | float | str | None:
+    value = entry.get("progress")
+    if isinstance(value, dict) and value.get("$float") in ("nan", "inf", "-inf"):
+        return float(value["$float"])
+    if value is None or (isinstance(value, int | float | str) and not isinstance(value, bool)):
+        return value
+    raise InvalidJob(f"progress is {_short(value)}; it must be a number, a text or null.")
+
+
+def _text(entry: Mapping[str, Any], name: str) -> str | None:
+    text: str | None = _field(entry, name, lambda value: value is None or _is_text(value), "a text, or null", None)
+    return text
+
+
+#: Stands for a field that has no default.
+_NEEDED: Final = object()
+
+
+def _field(
+    entry: Mapping[str, Any], name: str, check: Callable[[Any], bool], must_be: str, default: object = _NEEDED
+) -> Any:
+    value = entry.get(name, default)
+    if value is _NEEDED:
+        raise InvalidJob(f"{name} is missing; it must be {must_be}.")
+    if not check(value):
+        raise InvalidJob(f"{name} is {_short(value)}; it must be {must_be}.")
+    return value
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        return False
+    return True
+
+
+def _is_name(value: object) -> bool:
+    return _is_text(value) and value != ""
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _are_attempts(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= 50 and all(isinstance(item, dict) for item in value)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+__all__ = ["IMPORTABLE", "read_line", "write_line"]
