@@ -16,10 +16,15 @@ from dramatiq import Message
 from dramatiq.middleware import Middleware
 
 from .broker import StoreBroker
+from .data import Data
+from .dead_letters import DeadLetters
 from .errors import InvalidJob, SettingsError
 from .handle import Job
 from .job import State, check_id, new_id, seconds, timestamp
-from .message import OPTION_CHECKS
+from .listeners import QUEUE, Listeners
+from .message import LISTENER, OPTION_CHECKS
+from .posted import job_dict, progress_text
+from .reaper import Reaper
 from .settings import Settings
 from .store import Connector, Page, Store
 
@@ -87,9 +92,10 @@ class Actor(dramatiq.Actor[P, R]):
         """Submits a job with these arguments. It exists in the store when this returns.
 
         ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes``,
-        ``max_stalls``, ``job_timeout`` (seconds) and ``callback`` (a URL) among the keywords are options of the job, unless the actor has a parameter of that name; where
-        a type checker should see both, use `with_options`. Raises `InvalidJob` for arguments that the actor does
-        not take, `EncodeError` for values that cannot be sent, `StoreUnavailable`.
+        ``max_stalls``, ``job_timeout`` (seconds) and ``callback`` (a URL) among the keywords are options of the job,
+        unless the actor has a parameter of that name; where a type checker should see both, use `with_options`.
+        Raises `InvalidJob` for arguments that the actor does not take, `EncodeError` for values that cannot be sent,
+        `StoreUnavailable`.
         """
         options = {name: kwargs.pop(name) for name in self._submit_options.intersection(kwargs)}
         return BoundOptions(self, options).submit(*args, **kwargs)
@@ -97,7 +103,7 @@ class Actor(dramatiq.Actor[P, R]):
     def submit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], **options: Any) -> list[Job[R]]:
         """Submits many jobs, some hundred in one call of the store. Each call is a tuple of positional or a dict of
         keyword arguments; `options` as for `with_options`, but ``job_id``."""
-        self._check_options(options)
+        check_option_names(options, self.broker)
         return BoundOptions(self, options).submit_many(calls)
 
     def with_options(
@@ -120,21 +126,10 @@ class Actor(dramatiq.Actor[P, R]):
           priority: Lower runs first; from -1,000 to 1,000. The actor's own when None.
           options: Any further option of Dramatiq's messages (``max_retries``, ``time_limit`` ...) or of ours.
         """
-        self._check_options(options)
+        check_option_names(options, self.broker)
         labels = (tags if isinstance(tags, str) else tuple(tags)) or None  # a str is refused with the others
         given = {"delay": delay, "eta": eta, "job_id": job_id, "tags": labels, "priority": priority}
         return BoundOptions(self, {**{name: value for name, value in given.items() if value is not None}, **options})
-
-    def _check_options(self, names: Iterable[str]) -> None:
-        known = SUBMIT_OPTIONS | set(OPTION_CHECKS) | set(self.broker.actor_options)
-        for name in names:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
-                raise InvalidJob(
-                    f"{name} is no option of a job; {hint} An option that a middleware of yours reads belongs into its "
-                    "actor_options."
-                )
 
     def check_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Raises `InvalidJob` when the function does not take these arguments."""
@@ -191,6 +186,19 @@ class BoundOptions(Generic[P, R]):
         if job_id is not None:
             object.__setattr__(message, "message_id", check_id(job_id))
         return message, delay
+
+
+def check_option_names(names: Iterable[str], broker: dramatiq.Broker) -> None:
+    """Raises `InvalidJob` for a name that is no option of a job."""
+    known = SUBMIT_OPTIONS | set(OPTION_CHECKS) | set(broker.actor_options)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+            raise InvalidJob(
+                f"{name} is no option of a job; {hint} An option that a middleware of yours reads belongs into its "
+                "actor_options."
+            )
 
 
 def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, str | None]:
@@ -275,6 +283,8 @@ class MLQ:
         self.store = Store(Connector(settings), self.name, settings)
         #: The Dramatiq broker.
         self.broker = StoreBroker(self.store, settings, middleware=middleware)
+        self._listeners = Listeners(self.broker, post=self.post, get_job=self.get_job)
+        self._reapers: list[Reaper] = []
         # A guest: the host's own global broker stays.
         if dramatiq.broker.global_broker is None:
             dramatiq.set_broker(self.broker)
@@ -332,9 +342,13 @@ class MLQ:
             job: Job[Any] = actor.submit(*args, **kwargs)
             return job
         queue_name = kwargs.pop("queue_name", None) or self.store.queue_of(actor_name) or "default"
-        options, delay, job_id = message_options(
-            {name: kwargs.pop(name) for name in SUBMIT_OPTIONS.intersection(kwargs)}
-        )
+        options = {name: kwargs.pop(name) for name in SUBMIT_OPTIONS.intersection(kwargs)}
+        return Job(self.store, self._enqueue(actor_name, queue_name, args, kwargs, options))
+
+    def _enqueue(
+        self, actor_name: str, queue_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Any]
+    ) -> str:
+        options, delay, job_id = message_options(given)
         message: Message[Any] = Message(
             queue_name=queue_name,
             actor_name=actor_name,
@@ -344,7 +358,7 @@ class MLQ:
             message_id=new_id() if job_id is None else check_id(job_id),
         )
         self.broker.enqueue(message, delay=delay)
-        return Job(self.store, message.message_id)
+        return message.message_id
 
     def job(self, job_id: str) -> Job[Any]:
         """The job of this id. Raises `JobNotFound` when there is none."""
@@ -381,12 +395,126 @@ class MLQ:
         )
 
     @property
+    def dead_letters(self) -> DeadLetters:
+        """The jobs that have ended for good without success: to be listed, mended, put back, forgotten, exported."""
+        return DeadLetters(self.store)
+
+    @property
+    def data(self) -> Data:
+        """Texts and bytes that jobs and programs of this name keep for each other."""
+        return Data(self.store)
+
+    def clear(
+        self,
+        states: State | str | Iterable[State | str] | None = None,
+        older_than: float | timedelta | None = None,
+    ) -> int:
+        """Forgets jobs of this name that do not run: their records, results and all; how many.
+
+        Parameters:
+          states: Those in these states only; all but running ones when None.
+          older_than: Those only that ended, or, if they wait, were created, so many seconds ago or before.
+
+        With neither, the `data` of this name goes too. Jobs that run go on, those that are submitted meanwhile stay.
+        """
+        chosen = None if states is None else _states(states)
+        if chosen is not None and State.RUNNING in chosen:
+            raise InvalidJob("clear(states='running'): a job that runs is not forgotten; cancel it first.")
+        return self.store.clear(chosen, seconds(older_than, "older_than"))
+
+    @property
     def client(self) -> redis.Redis:
         """The redis-py client in use, as for Dramatiq's rate limiters' backend. Starts the embedded server."""
         return self.store.connector.client
 
+    # What MLQ has
+
+    def post(
+        self, msg: Any, callback: str | None = None, functions: Iterable[str] | None = None, **options: Any
+    ) -> str:
+        """Posts a job for the listeners of this name, and returns its id at once. First in, first out.
+
+        Parameters:
+          msg: What the listeners get: anything that the codec carries, arrays and datetimes included.
+          callback: A URL that is fetched when the job has ended.
+          functions: The names of the functions that are to run, in this order; all that the worker has when None. It
+            waits for a worker that has them all.
+          options: As for `Actor.submit`: ``delay``, ``eta``, ``priority``, ``tags``, ``max_retries`` (0 without it),
+            ``result_ttl`` (for ever without it) ...
+        """
+        if isinstance(functions, str):
+            raise InvalidJob(f"functions={functions!r}: give a list of names: functions=[{functions!r}].")
+        check_option_names(options, self.broker)
+        names = None if functions is None else list(functions)
+        given = {"result_ttl": None, **options, "callback": callback or None, "functions": names}
+        return self._enqueue(LISTENER, QUEUE, (msg,), {}, given)
+
+    def get_job(self, job_id: str) -> dict[str, Any]:
+        """All that is known of a job, as MLQ's dict: see `mlqueue.posted.job_dict`. Raises `JobNotFound`."""
+        return job_dict(self.store, job_id)
+
+    def get_result(self, job_id: str) -> dict[str, Any]:
+        """The same as `get_job`."""
+        return self.get_job(job_id)
+
+    def get_progress(self, job_id: str) -> str:
+        """How far a job is, as text: ``[queued; not started]``, ``[started]``, what it reported, ``[completed]``,
+        ``[failed]``, ``[cancelled]``. Raises `JobNotFound`."""
+        return progress_text(self.store.record(job_id, full=False))
+
+    def job_count(self) -> int:
+        """How many jobs of this name have not ended yet."""
+        return sum(count.number for count in self.store.counts() if not count.state.ended)
+
+    def create_listener(self, fn: Callable[..., Any] | None = None, *, threads: int = 1) -> bool:
+        """Adds a function to those that run posted jobs, and starts a worker in this process. Returns True at once.
+
+        The function is called with the message and a dict: ``fn(msg, utils)``; it may be ``async``. Another call adds
+        another function; one of the same name replaces the first. The worker runs `threads` jobs at a time, those of
+        actors that this process declares too. The process goes on after the end of its main program, until `shutdown`
+        or a signal (SIGTERM, Ctrl-C). Under `mlqueue worker` the function is only added: that works already.
+        """
+        if fn is not None:
+            self._listeners.add(fn)
+        self._listeners.start(threads)
+        return True
+
+    def remove_listener(self, fn: Callable[..., Any] | str) -> bool:
+        """Takes a function, or the one of this name, from those that run posted jobs here; whether it was there."""
+        return self._listeners.remove(fn)
+
+    def shutdown(self) -> None:
+        """Stops the worker of this process that `create_listener` started: it ends with the job in hand, and takes no
+        other. Returns at once; `join` waits for the end. Afterwards `create_listener` starts another."""
+        self._listeners.stop()
+
+    def join(self, timeout: float | timedelta | None = None) -> bool:
+        """Waits until the worker that `create_listener` started has ended: by `shutdown`, or by a signal where this is
+        the main thread. False when `timeout` seconds pass first; True, too, where there is none."""
+        return self._listeners.join(seconds(timeout, "timeout"))
+
+    def create_reaper(
+        self, call_how_often: float | timedelta = 60, job_timeout: float | timedelta = 300, max_retries: int = 5
+    ) -> Reaper:
+        """Has every job given back to its queue when it runs for longer than `job_timeout` seconds, whether its worker
+        lives or not; after `max_retries` times it is dead, reason ``stalled``. A job's own timeout goes before it.
+
+        It looks every `call_how_often` seconds at least, in a background thread, until ``stop()`` of what this returns
+        is called, or `close`.
+        """
+        reaper = Reaper(self.store, interval=call_how_often, job_timeout=job_timeout, max_retries=max_retries)
+        reaper.start()
+        self._reapers.append(reaper)
+        return reaper
+
     def close(self) -> None:
-        """Closes connections and background threads; a worker of this process is stopped first by who started it."""
+        """Stops listeners (the job in hand has the settings' ``drain`` to end) and reapers, closes connections and
+        background threads. Any other worker of this process is stopped first, by who started it."""
+        self._listeners.stop(self.settings.drain)
+        self._listeners.join()
+        for reaper in self._reapers:
+            reaper.stop()
+        self._reapers.clear()
         self.broker.close()
 
     def __repr__(self) -> str:

@@ -32,11 +32,12 @@ from typing import Any, Final
 import dramatiq
 from dramatiq.middleware import Middleware
 
+from . import listeners
 from .app import MLQ, instances
 from .broker import StoreBroker
 from .errors import MLQueueError, SettingsError, StoreError
 from .heartbeat import dump_settings
-from .processes import resident_bytes
+from .processes import in_forks, resident_bytes
 
 __all__ = ["EXIT_BOOT", "EXIT_BROKEN", "EXIT_RECYCLE", "Order", "module_name"]
 
@@ -191,6 +192,7 @@ class Child:
 
     def _boot(self) -> MLQ:
         sys.path.insert(0, str(Path.cwd()))
+        listeners.works_already = True
         for typed in self.order.modules:
             importlib.import_module(module_name(typed))
         return choose_app(instances(), self.order.namespace, self.order.modules)
@@ -279,7 +281,7 @@ class Child:
                 signal.signal(signum, signal.SIG_DFL)
 
         # Processes that jobs fork are not ours to drain: multiprocessing's terminate() must end them.
-        os.register_at_fork(after_in_child=reset)
+        in_forks(reset, signals)
 
     def _on_signal(self, signum: int, frame: object) -> None:
         # More than one may come: a platform that stops all processes of a container, and then the supervisor.

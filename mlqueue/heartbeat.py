@@ -172,7 +172,7 @@ class Beater:
         pause = min(max(wait, SHORTEST_SWEEP), interval) if swept.elected else wait + random.uniform(*ELECTION_JITTER)
         self._sweep_at = time.monotonic() + pause
         if swept.released:
-            logger.warning("workers without a sign of life: %s", in_words(swept.released))
+            logger.warning("taken from workers without a sign of life, or given up: %s", in_words(swept.released))
 
     def _ask(self, action: Callable[[], None]) -> bool:
         """Runs something that calls the store; whether the store has answered."""

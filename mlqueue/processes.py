@@ -11,11 +11,21 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["born", "interpreter_command", "is_gone", "is_stopped", "place", "resident_bytes"]
+__all__ = [
+    "born",
+    "in_forks",
+    "interpreter_command",
+    "is_gone",
+    "is_stopped",
+    "place",
+    "python_command",
+    "resident_bytes",
+]
 
 #: The folder of Linux's process table.
 PROC = Path("/proc")
@@ -77,17 +87,39 @@ def resident_bytes() -> int | None:
         return int(kilobytes) * 1024 if kilobytes.isdigit() else None
 
 
+def in_forks(act: Callable[[], None], signals: Collection[signal.Signals]) -> None:
+    """Has `act` called in each process that this one forks from now on, before any of these signals reaches it. Python
+    drops those that come while it forks; here they wait."""
+    masks = threading.local()
+
+    def before() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def after() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def after_in_child() -> None:
+        act()
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after_in_child)
+
+
 def interpreter_command(module: str, *arguments: str, ignoring: Iterable[signal.Signals] = ()) -> list[str]:
     """The command that runs ``main()`` of a module of ours in a new interpreter, which ignores those signals.
 
     Not ``-m``, since the package imports some of these modules itself, and because the package must be found from
     wherever this process has it, while a ``random.py`` in the current folder must not be found.
     """
-    root = str(Path(__file__).resolve().parent.parent)
     # Before the imports, which take a while.
     ignore = "".join(f"signal.signal({int(signum)}, signal.SIG_IGN); " for signum in ignoring)
-    code = f"import signal, sys; {ignore}sys.path.append({root!r}); from {module} import main; main()"
-    return [_interpreter(), "-P", "-c", code, *arguments]
+    return python_command(f"import signal; {ignore}from {module} import main; main()", *arguments)
+
+
+def python_command(code: str, *arguments: str) -> list[str]:
+    """The command that runs Python code in a new interpreter, which finds the package as `interpreter_command` says."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return [_interpreter(), "-P", "-c", f"import sys; sys.path.append({root!r}); {code}", *arguments]
 
 
 def _interpreter() -> str:

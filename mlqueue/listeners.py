@@ -1,0 +1,285 @@
+"""MLQ's listeners: functions that run what `MLQ.post` posts, and the worker in this process that they run in.
+
+Underneath it is one actor of Dramatiq's, which calls the functions. Which of them a worker has stands in
+`StoreBroker.functions`; a job for a function that this one lacks is in a lane that it does not take jobs from.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import numbers
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final
+
+import dramatiq
+from dramatiq.asyncio import async_to_sync
+
+from . import outliving
+from .broker import LISTENER, StoreBroker
+from .current import CurrentJob, current_job
+from .delivery import HandBack, current_delivery
+from .errors import InvalidJob, StoreUnavailable
+from .handle import Job
+from .job import Result
+
+__all__ = ["QUEUE", "Listeners"]
+
+logger = logging.getLogger("mlqueue.listener")
+
+#: The queue of the jobs that are posted.
+QUEUE: Final = "default"
+
+#: As good as no limit for Dramatiq, in milliseconds.
+FOREVER_MS: Final = 10**11
+
+Function = Callable[..., Any]
+
+#: Whether this process works already, as those of `mlqueue worker` do: there a listener adds its function, and starts
+#: nothing.
+works_already = False
+
+
+class Listeners:
+    """The functions of one app in this process.
+
+    Parameters:
+      broker: The app's.
+      post: Its `MLQ.post`, for the functions.
+      get_job: Its `MLQ.get_job`.
+    """
+
+    def __init__(
+        self, broker: StoreBroker, *, post: Callable[..., str], get_job: Callable[[str], dict[str, Any]]
+    ) -> None:
+        self._broker = broker
+        self._post = post
+        self._get_job = get_job
+        self._lock = threading.Lock()
+        #: By name, in order of registration. Replaced as a whole: jobs look without the lock.
+        self._functions: dict[str, Function] = {}
+        self._service: _Service | None = None
+
+    # Functions
+
+    def add(self, function: Function) -> None:
+        """Adds a function; one of the same name is replaced, and keeps its place."""
+        name = _name_of(function)
+        _check(function, name)
+        with self._lock:
+            self._functions = {**self._functions, name: function}
+            self._changed()
+
+    def remove(self, function: Function | str) -> bool:
+        """Takes a function away; whether it was there."""
+        name = function if isinstance(function, str) else _name_of(function)
+        with self._lock:
+            left = {key: value for key, value in self._functions.items() if key != name}
+            gone = len(left) < len(self._functions)
+            self._functions = left
+            if gone:
+                self._changed()
+        return gone
+
+    def _changed(self) -> None:
+        self._broker.functions = tuple(self._functions)
+        if LISTENER not in self._broker.actors:
+            declare = dramatiq.actor(broker=self._broker, actor_name=LISTENER, queue_name=QUEUE, max_retries=0)
+            declare(self._run)
+        elif (pump := self._broker.pump) is not None:
+            pump.lanes_changed()
+
+    # Jobs
+
+    def _run(self, msg: Any) -> object:
+        """The actor: has the functions of the job in hand, or all of them, called in turn."""
+        job = current_job()
+        delivery = current_delivery.get()
+        assert delivery is not None
+        present = self._functions
+        chosen = [present.get(name) for name in delivery.held.functions or present]
+        if not chosen or None in chosen:
+            raise HandBack  # taken away when the job was on its way here: it waits for a worker that has them
+        value = None
+        for number, function in enumerate(chosen):
+            assert function is not None
+            try:
+                utils = self._utils(job)
+            except StoreUnavailable:
+                if number == 0:
+                    raise HandBack from None  # nothing has been done yet
+                raise
+            value = function(msg, utils)
+            if inspect.isawaitable(value):
+                value = async_to_sync(_awaited)(value)
+        return split(value)
+
+    def _utils(self, job: CurrentJob) -> dict[str, Any]:
+        return {
+            "full_message": self._get_job(job.id),
+            "update_progress": job.progress,
+            "store_data": job.store_data,
+            "fetch_data": job.fetch_data,
+            "post": self._post,
+            "block_until_result": self._block_until_result,
+        }
+
+    def _block_until_result(self, job_id: str, timeout: float | timedelta | None = None) -> Any:
+        """The short result of another job if it has one, else the full one, when it has ended."""
+        result = Job[Any](self._broker.store, job_id).full_result(timeout)
+        return result.full if result.short is None else result.short
+
+    # The worker
+
+    def start(self, threads: int) -> None:
+        """Starts the worker of this process, unless there is one. Raises `StoreUnavailable`."""
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise InvalidJob(f"threads={threads!r}: it must be an int, 1 or more.")
+        if works_already or "dramatiq.cli" in sys.modules:  # the command of that name starts a worker, too
+            return
+        with self._lock:
+            if self._service is not None and not self._service.ended.is_set():
+                self._service.go_on(threads)
+            elif self._broker.worker is None:  # else somebody has started one who stops it, too
+                self._broker.store.connector.execute("PING")
+                self._service = _Service(self._broker, threads, self._lock)
+                self._service.start()
+
+    def stop(self, patience: float | None = None) -> None:
+        """Has the worker take no other job, and end with the one in hand; `patience` seconds later in any case.
+        Returns at once."""
+        with self._lock:
+            if self._service is not None:
+                self._service.stop(patience)
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits until the worker has ended; False when `timeout` seconds pass first."""
+        service = self._service
+        return service is None or outliving.wait(service, timeout)
+
+
+class _Service:
+    """The worker that `create_listener` has started, until it is stopped."""
+
+    def __init__(self, broker: StoreBroker, threads: int, lock: threading.Lock) -> None:
+        self.ended = threading.Event()
+        self._broker = broker
+        self._threads = threads
+        self._lock = lock
+        #: How long the job in hand may still take, in ms. A simple queue, since a signal's handler puts into it.
+        self._orders: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._stopping = self._again = self._signalled = False
+        self._worker = self._make()
+        self._thread = threading.Thread(target=self._run, name="mlqueue-listener", daemon=True)
+
+    def start(self) -> None:
+        self._worker.start()
+        self._thread.start()
+        outliving.stay(self)
+
+    # These two are called under the lock.
+
+    def go_on(self, threads: int) -> None:
+        """There is to be a worker: another one, where this one is stopping."""
+        if self._stopping:
+            self._again, self._threads = True, threads
+
+    def stop(self, patience: float | None) -> None:
+        self._again = False
+        if not self._stopping:
+            self._stopping = True
+            if self._broker.pump is not None:
+                # At once: the job in hand may be the one that calls this, and end before the worker is told.
+                self._broker.pump.stop_fetching()
+            self._orders.put(FOREVER_MS if patience is None else round(patience * 1000))
+
+    # These are called in the main thread, for a signal.
+
+    def stop_soon(self) -> None:
+        self._signalled = True
+        self._orders.put(round(self._broker.settings.drain * 1000))
+
+    def give_up(self) -> None:
+        logger.warning("stopped again: ending at once; running jobs go back to their queue")
+        self._broker.give_up()
+        self._end()
+
+    def _make(self) -> dramatiq.Worker:
+        return dramatiq.Worker(self._broker, worker_threads=self._threads)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._worker.stop(timeout=self._orders.get())
+                with self._lock:
+                    if not self._again or self._signalled:
+                        self._end()
+                        return
+                    self._stopping = self._again = False
+                    self._worker = self._make()
+                    self._worker.start()
+        except Exception:
+            logger.exception("the listener has ended")
+            self._end()
+
+    def _end(self) -> None:
+        self.ended.set()
+        outliving.leave(self)
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def split(value: object) -> object:
+    """What a function returned, as an actor returns it: a pair as a `Result` of short and full, all else as it is."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        short = _plain(value[0])
+        if isinstance(short, str):
+            return Result(short=short[: Result.MAX_SHORT], full=value[1])
+        if (short is None or isinstance(short, bool | int | float)) and not _are_numbers(value):
+            return Result(short=short, full=value[1])
+    return value
+
+
+def _plain(value: object) -> object:
+    """A NumPy scalar as Python's own."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def _are_numbers(value: object) -> bool:
+    """Whether it is a list of numbers: coordinates, say, rather than two results."""
+    return isinstance(value, list) and all(
+        isinstance(item, numbers.Real) and not isinstance(item, bool) for item in value
+    )
+
+
+def _name_of(function: object) -> str:
+    if isinstance(function, functools.partial):
+        return _name_of(function.func)
+    if not callable(function):
+        raise InvalidJob(
+            f"a listener is {function!r}; it must be a function that is called with the message and a dict: "
+            "def listener(msg, utils): ..."
+        )
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def _check(function: Function, name: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # one of C has none
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise InvalidJob(
+            f"listener {name}{signature} cannot be called with the message and a dict ({error}): write it as "
+            f"def {name}(msg, utils), or def {name}(msg, *args)."
+        ) from None
