@@ -147,7 +147,7 @@ def latencies(system: Any, client: Any, n: int) -> dict[str, float]:
             time.sleep(2)
             try:
                 figures["latency_occupied"], _ = latency(system, min(n, 100))
-            except Exception as error:  # noqa: BLE001 - a peer that parks short jobs behind long ones has no figure
+            except Exception as error:  # a peer that parks short jobs behind long ones has no figure
                 print(f"{system.name}: no answer while long jobs run: {error}", flush=True)
         return figures
 

@@ -32,7 +32,7 @@ POINTS = {
     "the job has ended": "the actor's function, its result encoded, the hooks after it",
     "the leader has it": "the thread hands the end over and wakes the leader",
     "the end is stored": "a call: the store settles the job and rings the submitter",
-    "the result is there": "the bell wakes the submitter, which decodes the result (it comes before the leader's answer)",
+    "the result is there": "the bell wakes the submitter, which decodes the result (before the leader is answered)",
 }
 
 
@@ -98,9 +98,8 @@ def main() -> None:
     if options.worker:
         work(options.worker)
         return
-    from benchmarks.queue import server
-
     import mlqueue
+    from benchmarks.queue import server
 
     with server() as url:
         process = subprocess.Popen(
@@ -151,10 +150,8 @@ def show(ways: list[dict[str, float]]) -> None:
     for point, what in POINTS.items():
         since = statistics.median(1000 * (way[point] - way["begun"]) for way in whole)
         stretches = sorted(1000 * (way[point] - way[before]) for way in whole)
-        print(
-            f"| {point} | {since:.2f} | {statistics.median(stretches):+.2f} | {stretches[int(len(stretches) * 0.9)]:+.2f} "
-            f"| {what} |"
-        )
+        slow = stretches[int(len(stretches) * 0.9)]
+        print(f"| {point} | {since:.2f} | {statistics.median(stretches):+.2f} | {slow:+.2f} | {what} |")
         before = point
 
 

@@ -33,6 +33,9 @@ MOST_BESIDE: Final = 512
 #: How many callbacks a worker delivers at a time.
 MOST_CALLBACKS: Final = 16
 
+#: How often `Beside.join` looks, in seconds.
+JOIN_INTERVAL: Final = 0.02
+
 #: The pause after a call that the store did not take, in seconds.
 RETRY_PAUSE: Final = 0.5
 
@@ -52,7 +55,7 @@ class Beside:
         self._callbacks = 0
         self._claiming = False
         self._claim_again = False
-        self._stopping = False
+        self._stopping = self._closed = False
         #: How many places are lent.
         self.lent = 0
 
@@ -66,7 +69,8 @@ class Beside:
     def lanes(self) -> list[tuple[str, str]]:
         """The lanes that a job here may be handed over from; none when no more can run beside."""
         with self._lock:
-            if self._stopping or self._waited_for >= MOST_BESIDE:
+            # Also while the worker stops: the job in hand ends when what it waits for has.
+            if self._closed or self._waited_for >= MOST_BESIDE:
                 return []
         return self._pump.lanes()
 
@@ -87,7 +91,7 @@ class Beside:
         """Runs what the store may have handed over in an answer that did not arrive: asks until it does."""
 
         def until_answered() -> None:
-            while not self._stopping:
+            while not self._closed:
                 try:
                     handed_over = ask()
                 except StoreError:
@@ -138,7 +142,12 @@ class Beside:
             if self._claiming or self._stopping or self._callbacks >= MOST_CALLBACKS:
                 return
             self._claiming = True
-        self._start(threading.Thread(target=self._claim, name="mlqueue-callbacks", daemon=True))
+        try:
+            self._start(threading.Thread(target=self._claim, name="mlqueue-callbacks", daemon=True))
+        except RuntimeError as error:  # no thread can be started now
+            logger.warning("callbacks wait to be delivered: %s", error)
+            with self._lock:
+                self._claiming = False
 
     def _claim(self) -> None:
         nonce = uuid.uuid4().hex
@@ -181,18 +190,20 @@ class Beside:
             self._stopping = True
             self._lock.notify_all()
 
-    def join(self, timeout: float) -> None:
-        """Waits until all has ended, for at most `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            with self._lock:
-                thread = next(iter(self._threads), None)
-                if thread is not None and not thread.is_alive():
-                    self._threads.discard(thread)
-                    continue
-            if thread is None or time.monotonic() >= deadline:
-                return
-            thread.join(max(0.0, deadline - time.monotonic()))
+    def join(self, patience: float, callbacks: float) -> None:
+        """Waits until all has ended: jobs for at most `patience` seconds, callbacks for at most `callbacks`."""
+        begun = time.monotonic()
+        with self._lock:
+            while True:
+                self._threads = {thread for thread in self._threads if thread.is_alive()}
+                # In hand is what the threads of lent places still run: the Worker knows nothing of them.
+                jobs = self._waited_for or self._pump.in_hand
+                limit = patience if jobs else min(patience, callbacks) if self._callbacks else callbacks
+                left = begun + limit - time.monotonic()
+                if not self._threads or left <= 0:
+                    break
+                self._lock.wait(min(left, JOIN_INTERVAL))
+            self._closed = True
 
     def _pause(self) -> None:
         with self._lock:
@@ -218,7 +229,12 @@ class Beside:
             finally:
                 ended()
 
-        self._start(threading.Thread(target=process, name=f"mlqueue-beside-{delivery.actor_name}", daemon=True))
+        try:
+            self._start(threading.Thread(target=process, name=f"mlqueue-beside-{delivery.actor_name}", daemon=True))
+        except RuntimeError as error:  # no thread can be started now
+            logger.warning("job %s goes back to its queue: %s", delivery.held.id, error)
+            ended()
+            self._pump.give_back([delivery])
 
 
 class _Settling:

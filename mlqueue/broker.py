@@ -22,18 +22,21 @@ from dramatiq.errors import QueueJoinTimeout
 from dramatiq.middleware import Middleware
 from dramatiq.results import Results
 
+from . import codec
 from .beside import Beside
 from .callbacks import callback_actor
 from .delivery import Delivery, current_delivery, describe, storing
 from .errors import MLQueueError
+from .events import close_hub
 from .heartbeat import HeartbeatHelper
 from .job import DeadReason, NewJob, Result
-from .message import LIFTED, from_job, to_job
+from .message import LIFTED, LISTENER, check_options, from_job, to_job
 from .middleware import TimeLimit, default_middleware
 from .middleware.results import StoreBackend
 from .processes import born, place
 from .progress import ProgressWriter
 from .pump import Pump, WorkQueue
+from .schema import signature_of
 from .settings import Settings
 from .store import Settle, Store
 from .store.records import CALLBACK, CALLBACKS, quote
@@ -44,11 +47,8 @@ logger = logging.getLogger("mlqueue.broker")
 
 #: Actor options of ours; the others are Dramatiq's.
 OWN_OPTIONS: Final = frozenset(
-    {"sync_ack", "tags", "max_crashes", "max_stalls", "job_timeout", "callback", "waits_count"}
+    {"sync_ack", "tags", "max_crashes", "max_stalls", "job_timeout", "callback", "waits_count", "http"}
 )
-
-#: The actor that runs the functions of MLQ's listeners.
-LISTENER: Final = "mlqueue.listener"
 
 #: How often worker threads are counted that are still alive, in seconds.
 COUNT_THREADS_EVERY: Final = 0.5
@@ -86,7 +86,12 @@ class StoreBroker(Broker):
         self.beside: Beside | None = None
         #: The functions that listeners here run, by name.
         self.functions: tuple[str, ...] = ()
+        #: What web processes are told of the actors that are declared with ``http=True``.
+        self.published: dict[str, bytes] = {}
         self.worker: dramatiq.Worker | None = None
+        #: How long the jobs of a worker that is stopped may go on, in seconds.
+        self.patience = settings.drain
+        self._stopping_since = 0.0
         #: Set when a worker's thread has died; its process should drain and end.
         self.broken = threading.Event()
         self._worker_id = worker_id
@@ -112,14 +117,28 @@ class StoreBroker(Broker):
         if actor.queue_name == CALLBACKS:
             actor.fn = storing(actor.fn, self._keep_result, self._disarm)
             return  # no Worker is to have a consumer for it
+        check_options({"callback": actor.options.get("callback")})
         self.emit_before("declare_actor", actor)
         self.declare_queue(actor.queue_name)
+        self.published.pop(actor.actor_name, None)
+        if actor.options.get("http"):
+            self.published[actor.actor_name] = self._publish(actor)
         actor.fn = storing(actor.fn, self._keep_result, self._disarm)
         self.actors[actor.actor_name] = actor
         self._lane_cache.clear()
         if self.pump is not None:
             self.pump.lanes_changed()
         self.emit_after("declare_actor", actor)
+
+    def _publish(self, actor: Any) -> bytes:
+        """Its signature and what it declares for its jobs, for who submits by name; see `Store.published`."""
+        defaults = {name: value for name, value in actor.options.items() if name in LIFTED}
+        described = {
+            "queue": actor.queue_name,
+            "defaults": {**defaults, "priority": actor.priority},
+            **signature_of(actor.fn),
+        }
+        return codec.encode(described, path=f"actor {actor.actor_name}")
 
     def get_actor(self, actor_name: str) -> Any:
         """The actor of this name, our own included. Raises Dramatiq's ActorNotFound."""
@@ -163,6 +182,23 @@ class StoreBroker(Broker):
         self._create(messages, delay)
         for message in messages:
             self.emit_after("enqueue", message, delay)
+
+    def enqueue_once(
+        self, messages: Sequence[tuple[Message[Any], int | None]], key: str, fingerprint: bytes, holds: float
+    ) -> tuple[list[str], bool]:
+        """Puts messages, each with its delay in milliseconds, into their queues, unless `key` came with this
+        `fingerprint` within the last `holds` seconds: the ids of the jobs, and whether they are new.
+
+        One script does both. Raises `KeyReused` when the key came with another fingerprint. Without a key (empty) they
+        are new.
+        """
+        for message, delay in messages:
+            self.emit_before("enqueue", message, delay)
+        jobs = [self.new_job(message, delay=delay) for message, delay in messages]
+        ids, new = self.store.submit_once(jobs, key, fingerprint, holds)
+        for message, delay in messages:
+            self.emit_after("enqueue", message, delay)
+        return ids, new
 
     def _create(self, messages: Sequence[Message[Any]], delay: int | None) -> None:
         settling: Delivery | None = getattr(self._local, "settling", None)
@@ -208,6 +244,7 @@ class StoreBroker(Broker):
         """Ends the background threads of this broker and its connections."""
         self.progress.close()
         close_bell(self.store)
+        close_hub(self.store)
         self.store.connector.close()
 
     # Hooks. Dramatiq calls each hook of each middleware by name; most do nothing, so only those that do are called.
@@ -264,6 +301,8 @@ class StoreBroker(Broker):
             delivery.skipped = signal == "skip_message"
             current_delivery.set(None)
             self._local.settling = delivery
+        elif signal == "worker_shutdown":
+            self._join_beside()
         name = "after_" + signal
         for hook in reversed(self._hooks_of(name)):
             try:
@@ -378,7 +417,8 @@ class StoreBroker(Broker):
             "python": platform.python_version(),
             "argv": sys.argv[:8],
         }
-        self.store.start_worker(self.pump.worker, info, {name: actor.queue_name for name, actor in self.actors.items()})
+        queues = {name: actor.queue_name for name, actor in self.actors.items()}
+        self.store.start_worker(self.pump.worker, info, queues, self.published)
         # After that: from then on it is told of new ones.
         self._function_lanes = self.store.function_lanes()
         self._lane_cache = {}
@@ -402,6 +442,7 @@ class StoreBroker(Broker):
             self.pump.crew.booted = True
 
     def _before_worker_shutdown(self, worker: dramatiq.Worker) -> None:
+        self._stopping_since = time.monotonic()
         if self.beside is not None:
             self.beside.stop()
         if self.pump is not None:
@@ -412,19 +453,38 @@ class StoreBroker(Broker):
         if isinstance(queue, WorkQueue):
             queue.stop(worker.worker_threads)
 
+    def _join_beside(self) -> None:
+        """What runs beside the Worker's threads ends, before the event loop does, and all that its jobs may need."""
+        beside, self.beside = self.beside, None
+        if beside is not None:
+            left = max(0.0, self._stopping_since + self.patience - time.monotonic())
+            beside.join(left, min(max(left, 1.0), self.settings.callback_timeout + 1))
+
     def _after_worker_shutdown(self, worker: dramatiq.Worker) -> None:
         # Left in place, the stopped worker's own middleware would start a consumer for the next queue that is declared.
         self.middleware = [item for item in self.middleware if getattr(item, "worker", None) is not worker]
         pump, self.pump, self.worker = self.pump, None, None
-        beside, self.beside = self.beside, None
-        if beside is not None:
-            beside.join(self.settings.callback_timeout + 1)
         if self._helper is not None:
             # Before the worker is released: a beat after that would make it known again.
             self._helper.stop()
             self._helper = None
         if pump is not None:
             pump.end(broken=self.broken.is_set())
+
+    def forget_parents_worker(self) -> None:
+        """In a process that was forked: the worker, its threads and what they had in hand are those of the parent."""
+        self.pump = self.beside = self.worker = self._helper = None
+
+    def give_up(self) -> None:
+        """Gives back at once what the worker of this process runs, without a strike. The process is about to end."""
+        if self._helper is not None:
+            self._helper.stop()
+        if self.pump is not None:
+            self.pump.stop_fetching()
+            try:
+                self.store.release(self.pump.worker, "drain", "the worker was stopped at once")
+            except MLQueueError as error:
+                logger.warning("jobs could not be given back; they will be when the lease ends: %s", error)
 
     @property
     def stopping(self) -> bool:
@@ -505,4 +565,4 @@ class _Threads:
         return queue.take_all() if isinstance(queue, WorkQueue) else []
 
 
-__all__ = ["StoreBroker", "StoreConsumer"]
+__all__ = ["LISTENER", "StoreBroker", "StoreConsumer"]

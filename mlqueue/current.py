@@ -9,9 +9,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from . import codec
+from .data import Data
 from .delivery import Delivery, HandBack, current_delivery
-from .errors import InvalidJob, NoCurrentJob
-from .job import seconds
+from .errors import NoCurrentJob
 
 if TYPE_CHECKING:
     from .broker import StoreBroker
@@ -73,8 +73,8 @@ class CurrentJob:
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody has asked to cancel this job: whatever it returns, it ends cancelled. `Cancelled` is raised in
-        it as well; this is for who catches that, or runs long in C."""
+        """Whether somebody has asked to cancel this job: whatever it returns, it ends cancelled. `Cancelled` is raised
+        in it as well; this is for who catches that, or runs long in C."""
         return self._delivery.cancel_requested.is_set()
 
     def progress(self, value: object, note: str | None = None) -> None:
@@ -120,16 +120,11 @@ class CurrentJob:
 
         `expiry` in seconds; without it they are kept for ever.
         """
-        if not isinstance(data, str | bytes):
-            raise InvalidJob(f"store_data: got {type(data).__name__}; give a str or bytes (codec.encode makes bytes).")
-        key = key or uuid.uuid4().hex
-        value = data.encode() if isinstance(data, str) else data
-        self._broker.store.put_data(key, value, seconds(expiry, "expiry"))
-        return key
+        return Data(self._broker.store).put(data, key, expiry)
 
     def fetch_data(self, key: str) -> bytes | None:
         """What some job kept under `key`, as bytes; None when there is nothing."""
-        return self._broker.store.get_data(key)
+        return Data(self._broker.store).get(key)
 
     def hand_back(self) -> None:
         """Ends this attempt here and gives the job back to its queue, without a strike. Does not return."""

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import os
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -88,6 +89,8 @@ class Delivery(MessageProxy):
         self.heeded = False
         #: How many jobs it waits for now.
         self.waits = 0
+        #: The process that it was delivered to: one that the job forks is another.
+        self.process = os.getpid()
         #: The thread that runs it.
         self.thread: int | None = None
         #: Called, in whatever thread, when the job is to look up from its waiting for another job.

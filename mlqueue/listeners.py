@@ -6,10 +6,12 @@ Underneath it is one actor of Dramatiq's, which calls the functions. Which of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
 import numbers
+import os
 import queue
 import sys
 import threading
@@ -37,6 +39,9 @@ QUEUE: Final = "default"
 
 #: As good as no limit for Dramatiq, in milliseconds.
 FOREVER_MS: Final = 10**11
+
+#: How often a listener that finishes its last job looks whether a signal has come, in seconds.
+LOOK_INTERVAL: Final = 0.2
 
 Function = Callable[..., Any]
 
@@ -143,6 +148,9 @@ class Listeners:
         if works_already or "dramatiq.cli" in sys.modules:  # the command of that name starts a worker, too
             return
         with self._lock:
+            if self._service is not None and self._service.process != os.getpid():
+                self._service = None
+                self._broker.forget_parents_worker()
             if self._service is not None and not self._service.ended.is_set():
                 self._service.go_on(threads)
             elif self._broker.worker is None:  # else somebody has started one who stops it, too
@@ -168,6 +176,7 @@ class _Service:
 
     def __init__(self, broker: StoreBroker, threads: int, lock: threading.Lock) -> None:
         self.ended = threading.Event()
+        self.process = os.getpid()
         self._broker = broker
         self._threads = threads
         self._lock = lock
@@ -215,7 +224,7 @@ class _Service:
     def _run(self) -> None:
         try:
             while True:
-                self._worker.stop(timeout=self._orders.get())
+                self._stop_worker(self._orders.get())
                 with self._lock:
                     if not self._again or self._signalled:
                         self._end()
@@ -226,6 +235,23 @@ class _Service:
         except Exception:
             logger.exception("the listener has ended")
             self._end()
+
+    def _stop_worker(self, patience_ms: int) -> None:
+        self._broker.patience = patience_ms / 1000
+        stopped = threading.Event()
+        if patience_ms == FOREVER_MS:
+            with contextlib.suppress(RuntimeError):  # the program is ending, and starts no threads any more
+                threading.Thread(target=self._hear_signal, args=(stopped,), name="mlqueue-drain", daemon=True).start()
+        self._worker.stop(timeout=patience_ms)
+        stopped.set()
+
+    def _hear_signal(self, stopped: threading.Event) -> None:
+        """A signal that comes after `shutdown` bounds what that does not."""
+        while not stopped.wait(LOOK_INTERVAL):
+            if self._signalled:
+                if not stopped.wait(self._broker.settings.drain):
+                    self.give_up()
+                return
 
     def _end(self) -> None:
         self.ended.set()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Any
 
 from .beside import Beside
 from .delivery import Delivery, current_delivery
-from .errors import StoreError
+from .errors import JobNotFound, StoreError, WaitCycle
 from .job import State
 from .store import Held, Store
 from .waiting import LOOK_AGAIN, Bell, Subscription, bell_of, listening_async, wait_for_async, wait_for_end
@@ -61,8 +63,8 @@ def _place(store: Store) -> tuple[Delivery | None, Beside | None]:
     """The job that this code runs in, and the threads beside its own where the awaited one can be run: that is one of
     the same namespace."""
     delivery = current_delivery.get()
-    if delivery is None:
-        return None, None
+    if delivery is None or delivery.process != os.getpid():
+        return None, None  # a process that a job has forked has not its worker
     broker = delivery.broker
     return delivery, broker.beside if broker.store.root == store.root else None
 
@@ -86,6 +88,8 @@ class _Wait:
         self._beside = beside
         self._job_id = job_id
         self._nonce = uuid.uuid4().hex
+        self._asking = threading.Lock()
+        self._closed = False
         self._bell: Bell = bell_of(store)
         self._stack = contextlib.ExitStack()
         self._lent: contextlib.AbstractContextManager[None] | None = None
@@ -108,12 +112,16 @@ class _Wait:
                 self._delivery.check_interrupt()
                 rings = subscription.rings
                 if self._ask().ended:
-                    return b""
+                    subscription.end = b""
+                    break
                 if time.monotonic() >= deadline:
-                    return None
+                    break
                 self._bell.wait(subscription, rings, min(deadline, time.monotonic() + LOOK_AGAIN))
                 if subscription.end is not None:
-                    return subscription.end
+                    break
+        # What came in the last moment has only woken it.
+        self._delivery.check_interrupt()
+        return subscription.end
 
     def _wake(self, subscription: Subscription) -> None:
         self._bell.poke(subscription)
@@ -132,15 +140,25 @@ class _Wait:
 
     def close(self) -> None:
         """Ends it: the job waits no longer."""
-        self._stack.close()
-        self._give_back()
-        self._delivery.waits -= 1
+        held = self._delivery.held
+        # A question that is under way, in another thread, ends first.
+        with self._asking:
+            self._closed = True
+            try:
+                self._give_back()
+                self._stack.close()
+            finally:
+                self._delivery.waits -= 1
         if self._delivery.waits == 0:
             with contextlib.suppress(StoreError):
-                self._store.stop_awaiting(self._delivery.held.id)
+                self._store.stop_awaiting((held.id, held.attempt))
 
     def _ask(self) -> State:
         """How the other job stands. If it can be run here, it is."""
+        with self._asking:
+            return State.CANCELLED if self._closed else self._ask_now()
+
+    def _ask_now(self) -> State:
         held = self._delivery.held
         lanes = self._beside.lanes()
         ask = functools.partial(
@@ -155,14 +173,17 @@ class _Wait:
         )
         try:
             awaited = ask()
-        except StoreError:
+            for job in awaited.jobs:
+                self._beside.run(job)
+        except (JobNotFound, WaitCycle):
+            raise
+        except BaseException:
+            # No answer, or struck by a limit in the middle of it: the store may have handed the job over.
             self._beside.recover(lambda: _handed_over(ask))
             raise
         if awaited.jobs:
             self._nonce = uuid.uuid4().hex
             self._give_back()
-            for job in awaited.jobs:
-                self._beside.run(job)
         elif not awaited.state.ended and self._lent is None and awaited.worker != self._beside.worker:
             self._lent = self._beside.lend()
             self._lent.__enter__()

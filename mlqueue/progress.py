@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Final
 
 from . import codec
@@ -11,7 +12,7 @@ from .delivery import Delivery
 from .errors import StoreError
 from .store import Store
 
-#: How long reports are gathered before they are written, in seconds.
+#: How long reports are gathered after some were written, in seconds.
 GATHER: Final = 0.05
 
 #: The longest text that is kept of a value or a note, in characters.
@@ -30,6 +31,7 @@ class ProgressWriter:
         self._writing: dict[str, tuple[Delivery, bytes, str]] = {}
         self._seen: set[tuple[str, int]] = set()
         self._work = threading.Event()
+        self._written_at = 0.0
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -65,16 +67,22 @@ class ProgressWriter:
         self._work.set()
 
     def _ensure_thread(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="mlqueue-progress", daemon=True)
-            self._thread.start()
+        if self._closed or self._thread is None or not self._thread.is_alive():
+            self._closed = False
+            thread = threading.Thread(target=self._run, name="mlqueue-progress", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no thread can be started now; the end takes the last report along
+                logger.warning("progress waits to be written: %s", error)
+            else:
+                self._thread = thread
 
     def _run(self) -> None:
         while not self._closed:
             self._work.wait()
             self._work.clear()
-            # Wait for more reports, not for an event: this is the gathering.
-            threading.Event().wait(GATHER)
+            # Wait for more reports, not for an event: this is the gathering. After a pause a report goes out at once.
+            threading.Event().wait(max(0.0, self._written_at + GATHER - time.monotonic()))
             with self._lock:
                 self._writing, self._dirty = self._dirty, {}
             if self._writing:
@@ -83,6 +91,7 @@ class ProgressWriter:
                 self._writing = {}
 
     def _write(self, batch: list[tuple[Delivery, bytes, str]]) -> None:
+        self._written_at = time.monotonic()
         items = [(delivery.held.id, delivery.held.attempt, value, note) for delivery, value, note in batch]
         try:
             answers = self._store.touch(items)

@@ -153,6 +153,8 @@ class Pump:
         self._started = False
         #: Whether the store has still to be told which queues and actors this worker has.
         self._unknown = True
+        #: Whether the connection of the bells was lost, and with it perhaps what one said.
+        self._missed_bells = False
         #: Whether the worker is being drained: turns only settle.
         self.stopping = False
         self._stopping_since = 0.0
@@ -280,9 +282,7 @@ class Pump:
         entry = Unsettled(settle, threading.Event() if wait else None)
         now = time.monotonic()
         with self._condition:
-            if self.in_hand.pop(delivery.held.id, None) is None:
-                self.beside.pop(delivery.held.id, None)
-            elif delivery.begun_at is not None:
+            if self._forget(delivery) and delivery.begun_at is not None:
                 self._pace.ran(now - delivery.begun_at)
             if not self._unsettled:
                 self._unsettled_since = now
@@ -299,7 +299,8 @@ class Pump:
             entry.committed.wait()
 
     def take_beside(self, held: Held) -> Delivery | None:
-        """A job that runs beside the Worker's threads; None for one that cannot be decoded, and is dead."""
+        """A job that runs beside the Worker's threads; None for one that does already, and for one that cannot be
+        decoded, and is dead."""
         try:
             delivery = self._deliver(held)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's alone
@@ -307,14 +308,17 @@ class Pump:
             self.wake()
             return None
         with self._condition:
+            present = self.beside.get(held.id)
+            if present is not None and present.held.attempt == held.attempt:
+                return None  # an answer that came twice
             self.beside[held.id] = delivery
             if held.alone and self._alone is None:
                 self._alone = held.id
         return delivery
 
     def lanes(self) -> list[tuple[str, str]]:
-        """The lanes that this worker takes jobs from; none while it stops."""
-        return [] if self.stopping else self._lanes(self.live_queues())
+        """The lanes that this worker takes jobs from."""
+        return self._lanes(self.live_queues())
 
     def wake(self) -> None:
         """Makes the leader look again."""
@@ -392,10 +396,19 @@ class Pump:
         if unstarted:
             self.commit()
 
+    def _forget(self, delivery: Delivery) -> bool:
+        """A job is in hand no more; whether a thread of the Worker's had it. The lock is held."""
+        for jobs in (self.in_hand, self.beside):
+            for key in (delivery.held.id, f"{delivery.held.id} {delivery.held.attempt}"):
+                if jobs.get(key) is delivery:
+                    del jobs[key]
+                    return jobs is self.in_hand
+        return False
+
     def _let_go(self, deliveries: Iterable[Delivery]) -> None:
         """Notes that jobs which did not start are to be given back. The lock is held."""
         for delivery in deliveries:
-            self.in_hand.pop(delivery.held.id, None)
+            self._forget(delivery)
             settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
             self._unsettled.append(Unsettled(settle))
 
@@ -560,8 +573,6 @@ class Pump:
         self._hungry = turn.left
         if not turn.known:
             self._unknown = self._rung = True
-        if turn.callbacks and self.on_callbacks is not None:
-            self.on_callbacks()
         bad: list[tuple[Held, Exception]] = []
         with self._condition:
             for held in turn.jobs:
@@ -570,6 +581,10 @@ class Pump:
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's alone
                     bad.append((held, error))
                     continue
+                older = self.in_hand.get(held.id)
+                if older is not None:
+                    # It was taken from this very worker, for its timeout, and runs on.
+                    self.in_hand[f"{held.id} {older.held.attempt}"] = older
                 self.in_hand[held.id] = delivery
                 if held.alone:
                     self._alone = held.id
@@ -578,6 +593,10 @@ class Pump:
                 self._condition.notify_all()
         for held, why in bad:
             self._bury_undecodable(held, why)
+        if turn.callbacks and self.on_callbacks is not None:
+            self.on_callbacks()
+        if self._missed_bells:
+            self._look_at_flags()
 
     def _bury_undecodable(self, held: Held, error: Exception) -> None:
         logger.error("job %s cannot be decoded and is dead: %s", held.id, error)
@@ -645,7 +664,9 @@ class Pump:
         if self._connection is not None:
             self._connection.disconnect()
         self._connection = None
-        self._rung = True
+        # What the bells have said meanwhile is lost: of lists of functions it hears when it says hello, for the rest it
+        # looks.
+        self._rung = self._unknown = self._missed_bells = True
         self._turn_at = 0.0
         time.sleep(max(0.0, min(self._pause, deadline - time.monotonic())))
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
@@ -756,9 +777,25 @@ class Pump:
             )
 
     def _interrupt(self, job_id: str, act: Callable[[Delivery], None]) -> None:
-        delivery = self.in_hand.get(job_id) or self.beside.get(job_id)
-        if delivery is not None:
-            act(delivery)
+        for delivery in self._all_in_hand():
+            if delivery.held.id == job_id:
+                act(delivery)
+
+    def _all_in_hand(self) -> list[Delivery]:
+        with self._condition:
+            return [*self.in_hand.values(), *self.beside.values()]
+
+    def _look_at_flags(self) -> None:
+        """What a bell may have said that was lost: looks which jobs in hand are cancelled, or have been taken away."""
+        deliveries = self._all_in_hand()
+        records = self.store.records([delivery.held.id for delivery in deliveries])
+        self._missed_bells = False
+        for delivery, record in zip(deliveries, records, strict=True):
+            if record is not None and record.attempt == delivery.held.attempt and record.worker == self.worker:
+                if record.cancel_requested_at is not None:
+                    delivery.cancel()
+            elif record is not None:
+                delivery.interrupt("the job was taken from this worker and given to others")
 
 
 def _pipe() -> tuple[int, int]:

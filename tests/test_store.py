@@ -758,7 +758,7 @@ def test_ended_jobs_go_after_their_ttl_and_leave_nothing(store: Store) -> None:
     store.remove([keep])
     for _ in range(20):
         store.sweep("s", 5)
-    assert keys(store) - before == {"seq", "sweep", "actors", "bell:default:add"}
+    assert keys(store) - before == {"seq", "sweep", "actors", "m", "bell:default:add"}
 
 
 def test_dead_jobs_stay_until_they_are_removed(store: Store) -> None:
@@ -921,7 +921,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"read", "list", "count", "workers"}
+READERS = {"count", "dead", "events", "list", "oldest", "read", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",
@@ -930,6 +930,7 @@ ON_A_FULL_SERVER = {
     "claim",
     "drop_data",
     "flush",
+    "listen",
     "note_callback",
     "release",
     "remove",
@@ -937,6 +938,7 @@ ON_A_FULL_SERVER = {
     "start_worker",
     "sweep",
     "turn",
+    "unawait",
 }
 
 

@@ -147,6 +147,7 @@ class StoreMachine(RuleBasedStateMachine):
             job = self.model[held.id]
             job.state, job.worker = State.RUNNING, worker
             job.attempt += 1
+            job.progress = None if job.attempt > 1 else job.progress
             if job.crashes >= 2:
                 self.alone[worker] = held.id
             assert (job.attempt, job.retries, job.crashes) == (held.attempt, held.retries, held.crashes)
@@ -241,8 +242,9 @@ class StoreMachine(RuleBasedStateMachine):
         jobs = [self.model[job_id] for job_id in held]
         active = sum(job.waits is None for job in jobs)
         for job in jobs:
-            # One that only waits for another has not killed its worker.
-            self.lose(job, reason if job.waits is None else "drain", active == 1)
+            # One that only waits for another has not killed its worker, where another ran.
+            blamed = job.waits is None or active == 0
+            self.lose(job, reason if blamed else "drain", active == 1 or len(jobs) == 1)
             job.waits = None
 
     @rule(slot=SLOT, want=st.integers(1, 2), times=st.integers(1, 3))
@@ -349,6 +351,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert ask().jobs == answer.jobs  # the answer was lost
             target.state, target.worker = State.RUNNING, waiter.worker
             target.attempt += 1
+            target.progress = None if target.attempt > 1 else target.progress
             self.attempts += answer.jobs
             holding = {job_id for job_id, job in self.model.items() if job in held_here}
             if target.crashes >= 2 and self.alone.get(waiter.worker) not in holding:

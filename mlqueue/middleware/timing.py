@@ -84,6 +84,16 @@ class TimeLimit(dramatiq.middleware.TimeLimit):
         self.deadlines.clear()
 
 
+class _Pause:
+    """A clock that does not run."""
+
+    def __init__(self, left: float) -> None:
+        #: What was left, in seconds.
+        self.left = left
+        #: How many have stopped it.
+        self.count = 0
+
+
 class Deadlines:
     """Threads and when each is to be interrupted."""
 
@@ -91,6 +101,7 @@ class Deadlines:
         self.interval = interval
         self.logger = get_logger(__name__, type(self))
         self._deadlines: dict[int, float] = {}
+        self._paused: dict[int, _Pause] = {}
         # Held while an exception is raised: after clear() has returned, none can come any more.
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -107,17 +118,23 @@ class Deadlines:
 
     def pause(self, thread: int) -> Callable[[], None]:
         """Stops the clock of a thread; what starts it again, with the time that was left."""
-        paused_at = time.monotonic()
         with self._lock:
             deadline = self._deadlines.get(thread)
             if deadline is None or deadline == float("inf"):
                 return lambda: None
-            self._deadlines[thread] = PAUSED
+            if deadline != PAUSED:
+                self._deadlines[thread] = PAUSED
+                self._paused[thread] = _Pause(deadline - time.monotonic())
+            pause = self._paused[thread]
+            pause.count += 1
 
         def resume() -> None:
             with self._lock:
-                if self._deadlines.get(thread) == PAUSED:
-                    self._deadlines[thread] = deadline + time.monotonic() - paused_at
+                pause.count -= 1
+                # Another job may run in the thread by now.
+                if pause.count == 0 and self._paused.get(thread) is pause:
+                    del self._paused[thread]
+                    self._deadlines[thread] = time.monotonic() + pause.left
 
         return resume
 
@@ -127,6 +144,7 @@ class Deadlines:
         if thread not in self._deadlines:
             return
         with self._lock:
+            self._paused.pop(thread, None)
             if self._deadlines.pop(thread, None) is None:
                 return
         # Not yet raised, because this thread has not run a bytecode since; or already raised, then this does nothing.

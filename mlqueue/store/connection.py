@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import threading
 import time
 import weakref
@@ -199,6 +200,14 @@ def send(connection: Any, command: tuple[Any, ...], script: Script | None = None
         return connection.read_response()
 
 
+def shut(connection: Any) -> None:
+    """Ends a read over a connection of redis-py that another thread is in."""
+    sock = connection._sock
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
 @contextlib.contextmanager
 def translated(where: str) -> Iterator[None]:
     """Errors of redis-py inside become errors of our tree."""
@@ -220,7 +229,8 @@ def translate(error: Exception, where: str) -> StoreError:
         )
     if isinstance(error, PASSING) or text.startswith(PASSING_PREFIXES):
         return StoreUnavailable(
-            f"{where} cannot be reached: {text or type(error).__name__}. Is it running, and is MLQUEUE_URL right? "
-            "Unset MLQUEUE_URL and REDIS_URL to use the embedded server."
+            f"{where} cannot be reached: {text.rstrip('.') or type(error).__name__}. Is it running, and is its "
+            "address right (host and port or url of MLQ(), else MLQUEUE_URL, else REDIS_URL)? Without any of these an "
+            "embedded server is used."
         )
     return StoreError(f"{where} refused a command: {text}")

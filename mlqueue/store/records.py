@@ -99,21 +99,30 @@ def new_item(job: NewJob) -> list[object]:
 
 def pack_dead(job: NewJob, record: JobRecord) -> bytes:
     """A dead job and what is known of it, as import.lua takes it."""
-    item = [
-        new_item(job),
-        record.attempt,
-        record.retries,
-        record.crashes,
-        record.stalls,
-        record.worker or "",
-        milliseconds(record.created_at),
-        milliseconds(record.started_at) if record.started_at else 0,
-        milliseconds(record.finished_at) if record.finished_at else 0,
-        str(record.dead_reason or DeadReason.FAILED),
-        encode_error(record.error or JobError(type="", message="")),
-        [_pack_attempt(attempt) for attempt in record.attempts],
-    ]
-    return pack(item)
+    fields: dict[str, object] = {
+        "k": record.attempt,
+        "y": record.retries,
+        "x": record.crashes,
+        "z": record.stalls,
+        "O": record.timeouts,
+        "t": milliseconds(record.created_at),
+        "g": str(record.dead_reason or DeadReason.FAILED),
+    }
+    if record.worker is not None:
+        fields["w"] = record.worker
+    if record.started_at is not None:
+        fields["u"] = milliseconds(record.started_at)
+    if record.progress is not None:
+        fields |= {"v": codec.encode(record.progress), "V": record.progress_note or ""}
+    return pack(
+        [
+            new_item(job),
+            [part for field in fields.items() for part in field],
+            milliseconds(record.finished_at if record.finished_at is not None else record.created_at),
+            encode_error(record.error or JobError(type="", message="")),
+            [_pack_attempt(attempt) for attempt in record.attempts],
+        ]
+    )
 
 
 def _pack_attempt(attempt: Attempt) -> bytes:
@@ -199,6 +208,8 @@ def decode_record(
         functions=functions_of(fields[b"l"].decode()) if b"l" in fields else (),
         timeouts=number(b"O"),
         job_timeout=seconds(b"J"),
+        max_crashes=number(b"X") or None,
+        max_stalls=number(b"Z") or None,
         waits_for=fields[b"A"].decode() if b"A" in fields else None,
         cancel_stage=fields[b"h"].decode() if b"h" in fields else None,
         callback=callback[b"u"].decode() if callback and b"u" in callback else None,

@@ -18,6 +18,7 @@ from ..errors import (
     InvalidJob,
     InvalidTransition,
     JobNotFound,
+    KeyReused,
     MLQueueError,
     ResultMissing,
     StaleAttempt,
@@ -27,6 +28,7 @@ from ..errors import (
 from ..job import JobError, JobRecord, NewJob, Result, State
 from ..settings import Settings
 from .connection import Connector
+from .events import Counters, Event, decode_counters, decode_event, place
 from .records import (
     CALLBACK,
     CALLBACKS,
@@ -62,6 +64,12 @@ SUBMIT_BATCH: Final = 500
 #: How many bytes, unless a single job has more.
 SUBMIT_BYTES: Final = 8 * 2**20
 
+#: How many jobs one call forgets at most: they hold up the server's other callers.
+REMOVE_BATCH: Final = 500
+
+#: The states that a job can be forgotten in.
+NOT_RUNNING: Final = tuple(state for state in State if state is not State.RUNNING)
+
 #: A gap of so many seconds between two sweeps is nobody's fault: leases are renewed instead of ended.
 GAP: Final = 5.0
 
@@ -84,6 +92,8 @@ class Held(NamedTuple):
     started_ms: int
     #: Whether it is to run with no other job beside it, because processes died with it.
     alone: bool
+    #: The functions that it is for (MLQ's listeners); empty where all are to run.
+    functions: tuple[str, ...]
 
 
 class Turn(NamedTuple):
@@ -241,12 +251,49 @@ class Store:
                 created.append(made == 1)
         return created
 
+    def submit_once(self, jobs: Sequence[NewJob], key: str, fingerprint: bytes, holds: float) -> tuple[list[str], bool]:
+        """Creates jobs, in one call, unless `key` has come within the last `holds` seconds: the ids of the jobs that it
+        has created, now or then, and whether it was now.
+
+        Raises `KeyReused` when it came with another `fingerprint` then. With an empty key jobs are created.
+        """
+        ids = [job.id for job in jobs]
+        if not key:
+            self.submit(jobs)
+            return ids, True
+        answer = self._run("enqueue_once", key, fingerprint, milliseconds(holds), *[pack_new(job) for job in jobs])
+        if answer is None:
+            raise KeyReused
+        found = [job_id.decode() for job_id in answer]
+        return found, found == ids
+
     # The worker's side
 
-    def start_worker(self, worker: str, info: dict[str, Any], actors: Mapping[str, str]) -> None:
-        """Makes a worker incarnation known, with the queue of each actor that it knows, and gives it a lease."""
-        names = [part for actor, queue in actors.items() for part in (actor, queue)]
-        self._run("start_worker", worker, milliseconds(self.settings.lease), codec.encode(info), *names)
+    def start_worker(
+        self,
+        worker: str,
+        info: dict[str, Any],
+        actors: Mapping[str, str],
+        published: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Makes a worker incarnation known, with the queue of each actor that it knows, and gives it a lease.
+
+        `published` is what web processes are told of those actors that they may submit jobs of.
+        """
+        known = published or {}
+        parts = [part for actor, queue in actors.items() for part in (actor, queue, known.get(actor, b""))]
+        self._run("start_worker", worker, milliseconds(self.settings.lease), codec.encode(info), *parts)
+
+    def published(self, actor: str) -> bytes | None:
+        """What a worker has told of an actor that may be called over HTTP, encoded: its ``queue``, its ``defaults``,
+        and its signature (see `mlqueue.schema.signature_of`). None for any other actor."""
+        data: bytes | None = self.connector.execute("HGET", f"{self.root}:http", actor)
+        return data
+
+    def all_published(self) -> dict[str, bytes]:
+        """What `published` gives, of every actor."""
+        found = flat(self.connector.execute("HGETALL", f"{self.root}:http"))
+        return {name.decode(): data for name, data in found.items()}
 
     def queue_of(self, actor: str) -> str | None:
         """The queue of an actor that some worker has declared; None when none has."""
@@ -309,9 +356,9 @@ class Store:
             raise WaitCycle.of([job_id.decode() for job_id in chain])
         return Awaited(STATES[letter], [_held(job) for job in jobs], holder.decode())
 
-    def stop_awaiting(self, waiter: str) -> None:
-        """A job waits for no other any more."""
-        self.connector.execute("HDEL", f"{self.root}:j:{waiter}", "A")
+    def stop_awaiting(self, waiter: tuple[str, int]) -> None:
+        """A job (id and attempt) waits for no other any more."""
+        self._run("unawait", *waiter)
 
     def claim_callbacks(self, worker: str, nonce: str, limit: int) -> list[Held]:
         """Starts callbacks that wait to be delivered; called with the same nonce again it gives the same."""
@@ -446,18 +493,31 @@ class Store:
             raise JobNotFound.of(job_id, self.namespace)
         return STATES[answer]
 
-    def retry(self, job_id: str, body: bytes = b"") -> None:
-        """Puts a dead or cancelled job back into its queue, its counts at nought; with another body where one is
-        given."""
-        answer = self._run("retry", job_id, body, uuid.uuid4().hex)
-        if answer is None:
+    def retry(self, job_id: str, body: bytes = b"", *, states: Sequence[State] = (State.DEAD, State.CANCELLED)) -> None:
+        """Puts a job that has ended in one of `states` back into its queue, its counts at nought; with another body
+        where one is given."""
+        [state] = self._retry([(job_id, body)], states)
+        if state is None:
             raise JobNotFound.of(job_id, self.namespace)
-        state = STATES[answer]
-        if state not in (State.DEAD, State.CANCELLED):
+        if state not in states:
+            allowed = " or ".join(states)
             raise InvalidTransition(
-                f"job {job_id} is {state}; only a dead or cancelled job can be retried. "
+                f"job {job_id} is {state}; only a {allowed} job can be retried. "
                 + ("Submit it anew to run it again." if state.ended else "Wait for its end, or cancel it first.")
             )
+
+    def retry_dead(self, job_ids: Sequence[str]) -> list[bool]:
+        """Puts those that are dead back into their queues, in this order; for each whether it was."""
+        was = self._retry([(job_id, b"") for job_id in job_ids], (State.DEAD,)) if job_ids else []
+        return [state is State.DEAD for state in was]
+
+    def _retry(self, jobs: Sequence[tuple[str, bytes]], states: Sequence[State]) -> list[State | None]:
+        letters = "".join(LETTERS[state] for state in states)
+        answer = self._run("retry", uuid.uuid4().hex, letters, *[part for job in jobs for part in job])
+        for item in answer:
+            if item is not None and item not in STATES:
+                raise StoreError(f"the store would not take a job back: {item.decode(errors='replace')}")
+        return [item and STATES[item] for item in answer]
 
     def redeliver(self, job_id: str, url: str = "") -> None:
         """Has the callback of an ended job delivered again; to another URL where one is given."""
@@ -475,16 +535,47 @@ class Store:
 
     def import_dead(self, items: Sequence[bytes]) -> list[bool]:
         """Creates dead jobs (see `records.pack_dead`); for each whether it was new."""
-        made = self._run("import", *items) if items else []
+        made = self._run("import", milliseconds(self.settings.dead_ttl), *items) if items else []
         for answer in made:
             if isinstance(answer, bytes):
                 raise StoreError(f"the store would not take a dead letter: {answer.decode(errors='replace')}")
         return [answer == 1 for answer in made]
 
-    def remove(self, job_ids: Sequence[str]) -> int:
-        """Forgets jobs that are not running; how many it forgot."""
-        answer: list[int] = self._run("remove", *job_ids) if job_ids else []
+    def remove(
+        self, job_ids: Sequence[str], *, states: Sequence[State] = NOT_RUNNING, latest: float | None = None
+    ) -> int:
+        """Forgets those of the jobs that are in one of `states` (never one that runs) and have ended, or, if they have
+        not, been created, at `latest` (Unix seconds) or before; how many it forgot."""
+        letters = "".join(LETTERS[state] for state in states)
+        answer: list[int] = self._run("remove", letters, milliseconds(latest), *job_ids) if job_ids else []
         return sum(answer)
+
+    def clear(self, states: Sequence[State] | None = None, older_than: float | None = None) -> int:
+        """Forgets jobs in these states (None: all but those that run) that have ended, or, if they have not, been
+        created, `older_than` seconds ago or before; how many. Of those that are submitted meanwhile none. With neither
+        what jobs keep for each other goes too."""
+        latest = None
+        if older_than is not None:
+            seconds, microseconds = self.connector.execute("TIME")
+            latest = int(seconds) + int(microseconds) / 1e6 - older_than
+        if states is None and latest is None:
+            # The callbacks first: later ones are of jobs that run now, and stay.
+            self._clear(NOT_RUNNING, queue=CALLBACKS)
+            self._clear_data()
+        return self._clear(states or NOT_RUNNING, latest)
+
+    def _clear(self, states: Sequence[State], latest: float | None = None, queue: str | None = None) -> int:
+        gone, cursor = 0, None
+        while True:
+            page = self.page(states=states, queue=queue, until=latest, cursor=cursor, limit=REMOVE_BATCH)
+            gone += self.remove([record.id for record in page.jobs], states=states, latest=latest)
+            if page.cursor is None:
+                return gone
+            cursor = page.cursor
+
+    def _clear_data(self) -> None:
+        while names := self.connector.execute("ZRANGE", f"{self.root}:datas", 0, REMOVE_BATCH - 1):
+            self._run("drop_data", *names)
 
     def flush(self, queue: str | None = None) -> int:
         """Forgets the jobs of a queue (None: of all) that wait; how many."""
@@ -516,17 +607,48 @@ class Store:
         item = self._run("read", "brepac", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
-        fields = flat(item[0])
-        return _record(job_id, item), fields.get(b"b") or item[1] or b"", self._outcome(job_id, item)
+        return _record(job_id, item), _body(item), self._outcome(job_id, item)
 
     def body(self, job_id: str) -> bytes:
         """The arguments and options of a job, encoded."""
         item = self._run("read", "b", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
-        fields = flat(item[0])
-        body: bytes = fields.get(b"b") or item[1] or b""
-        return body
+        return _body(item)
+
+    def records_and_bodies(self, job_ids: Sequence[str]) -> list[tuple[JobRecord, bytes] | None]:
+        """The full records of jobs, each with its arguments and options, encoded; None for each that there is none
+        of."""
+        answer = self._run("read", "beac", *job_ids) if job_ids else []
+        return [item and (_record(job_id, item), _body(item)) for job_id, item in zip(job_ids, answer, strict=True)]
+
+    def dead(
+        self,
+        *,
+        reason: str = "",
+        actor: str | None = None,
+        queue: str | None = None,
+        older_than: float | None = None,
+        newer_than: float | None = None,
+        cursor: DeadPlace | None = None,
+        limit: int = 50,
+        looks: int = 1000,
+    ) -> tuple[list[DeadPlace], DeadPlace | None]:
+        """Dead jobs, the latest death first, and where to go on (None: that was all). At most `limit`, and fewer than
+        there are when `looks` of them were looked at. `older_than` and `newer_than` are seconds since the death."""
+        found, at, job_id = self._run(
+            "dead",
+            reason,
+            quote(actor) if actor else "",
+            quote(queue) if queue else "",
+            milliseconds(older_than),
+            milliseconds(newer_than),
+            *(cursor or (-1, "")),
+            limit,
+            looks,
+        )
+        places = [DeadPlace(int(died), one.decode()) for one, died in zip(found[::2], found[1::2], strict=True)]
+        return places, DeadPlace(int(at), job_id.decode()) if at else None
 
     def outcome(self, job_id: str) -> Outcome:
         """The state of a job and, when it has ended, what it ended with."""
@@ -554,6 +676,24 @@ class Store:
         else:
             encoded = stored[b"f"]
         return Result(codec.decode(stored[b"s"]), codec.decode(encoded), stored[b"c"].decode() or None)
+
+    def open_result(self, job_id: str) -> StoredFile:
+        """What a job has ended with, its full result to be read in parts."""
+        item = self._run("read", "re", job_id)[0]
+        if item is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        fields, stored = flat(item[0]), flat(item[2])
+        state, attempt = STATES[fields[b"s"]], int(fields.get(b"k", 0))
+        if state is not State.SUCCEEDED:
+            return StoredFile(self, self._outcome(job_id, item), attempt)
+        if b"r" in fields or not stored or b"f" in stored:
+            whole = self._result(job_id, fields, stored)
+            short = Result(whole.short, None, whole.content_type)
+            head = stored[b"f"] if stored else codec.encode(whole.full)
+            return StoredFile(self, Outcome(state, short, None, ""), attempt, head=head, size=len(head))
+        short = Result(codec.decode(stored[b"s"]), None, stored[b"c"].decode() or None)
+        chunks = f"{self.root}:x:{job_id}:r{stored[b'k'].decode()}:"
+        return StoredFile(self, Outcome(state, short, None, ""), attempt, size=int(stored[b"z"]), chunks=chunks)
 
     def page(
         self,
@@ -603,6 +743,11 @@ class Store:
                 totals[key] = totals.get(key, 0) + number
         return [Count(*key, number) for key, number in sorted(totals.items()) if number]
 
+    def oldest(self) -> dict[str, float]:
+        """For how many seconds the job has waited that is there longest, by queue; no queue in which none waits."""
+        found = flat(self._run("oldest"))
+        return {unquote(queue): waited / 1000 for queue, waited in found.items() if unquote(queue) != CALLBACKS}
+
     # Waiting
 
     def watch(self, job_id: str, bell: str, *, every_change: bool = False) -> State:
@@ -611,6 +756,39 @@ class Store:
         if answer is None:
             raise JobNotFound.of(job_id, self.namespace)
         return STATES[answer]
+
+    # Listening to all jobs
+
+    def listen(self, holds: float, keeps: float) -> str:
+        """Has every change of a job told, for `holds` seconds unless it is called again; what was told is kept for
+        `keeps` seconds more. The id of the newest event."""
+        newest: bytes = self._run("listen", milliseconds(holds), milliseconds(keeps))
+        return newest.decode()
+
+    def events(self, after: str, limit: int) -> tuple[list[Event], bool]:
+        """Events behind one, oldest first, at most `limit`; and whether none is missing between."""
+        found, oldest, newest = self._run("events", after, limit)
+        whole = oldest is not None and place(oldest.decode()) <= place(after) <= place(newest.decode())
+        return self.read_events(found), whole
+
+    def next_events_command(self, after: str, wait: float, limit: int) -> tuple[Any, ...]:
+        """The command that waits for events behind one, for at most `wait` seconds."""
+        return "XREAD", "COUNT", limit, "BLOCK", milliseconds(wait), "STREAMS", f"{self.root}:ev", after
+
+    def read_events(self, entries: Sequence[Any]) -> list[Event]:
+        """The events of what the stream has."""
+        return [decode_event(event_id, flat(fields)) for event_id, fields in entries]
+
+    def snapshot(self, job_id: str) -> tuple[JobRecord, str]:
+        """The record of a job, and the id of the newest event: those behind it come on top of the record."""
+        item, newest = self._run("read", "sepacn", job_id)
+        if item is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        return _record(job_id, item), newest.decode()
+
+    def counters(self) -> Counters:
+        """What the store has counted since it is there: ends, times, crashes."""
+        return decode_counters(flat(self.connector.execute("HGETALL", f"{self.root}:m")))
 
     # Groups, and what jobs keep for each other
 
@@ -635,6 +813,7 @@ class Store:
     def get_data(self, key: str) -> bytes | None:
         """The bytes kept under a key, or None."""
         name = quote(key)
+        seen = ""
         while True:
             fields = flat(self.connector.execute("HGETALL", f"{self.root}:data:{name}"))
             if not fields:
@@ -642,6 +821,11 @@ class Store:
             if b"n" not in fields:
                 return bytes(fields[b"v"])
             generation, count = fields[b"g"].decode(), int(fields[b"n"])
+            if generation == seen:
+                raise StoreError(
+                    f"a part of the data under {key!r} is gone: something else has removed it from the store."
+                )
+            seen = generation
             joined = bytearray()
             for number in range(count):
                 chunk = self.connector.execute("GET", self._data_key(name, generation, number))
@@ -700,6 +884,49 @@ class Outcome(NamedTuple):
     reason: str
 
 
+class StoredFile:
+    """The result of a job, its encoding to be read in parts; made by `Store.open_result`."""
+
+    def __init__(
+        self, store: Store, outcome: Outcome, attempt: int, *, head: bytes = b"", size: int = 0, chunks: str = ""
+    ) -> None:
+        self._store = store
+        self._head = head
+        self._chunks = chunks
+        self._last = (-1, b"")
+        #: How the job stands; of its result the short one and the content type.
+        self.outcome = outcome
+        #: The attempt that gave it.
+        self.attempt = attempt
+        #: How many bytes the encoding of the full result has.
+        self.size = size
+
+    def parts(self, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes from `start` to `stop`, some megabytes at a time. Raises `ResultMissing` when the result is removed
+        meanwhile."""
+        while start < stop:
+            index, offset = divmod(start, CHUNK)
+            chunk = self._chunk(index) if self._chunks else self._head[index * CHUNK : (index + 1) * CHUNK]
+            part = chunk[offset : offset + stop - start]
+            if not part:
+                raise ResultMissing("the result ends before it should; its chunks are damaged.")
+            yield part
+            start += len(part)
+
+    def read(self, stop: int) -> bytes:
+        """The bytes up to `stop`."""
+        return b"".join(self.parts(0, min(stop, self.size)))
+
+    def _chunk(self, index: int) -> bytes:
+        if self._last[0] == index:
+            return self._last[1]
+        chunk: bytes | None = self._store.connector.execute("GET", f"{self._chunks}{index}")
+        if chunk is None:
+            raise ResultMissing(f"chunk {index} of the result is gone: it was removed while it was read.")
+        self._last = index, chunk
+        return chunk
+
+
 class Count(NamedTuple):
     """How many jobs of an actor are in a state."""
 
@@ -707,6 +934,14 @@ class Count(NamedTuple):
     queue: str
     actor: str
     number: int
+
+
+class DeadPlace(NamedTuple):
+    """Where a dead job stands among the others."""
+
+    #: When it died, Unix milliseconds.
+    died_ms: int
+    id: str
 
 
 class Sweep(NamedTuple):
@@ -734,6 +969,11 @@ def _batches(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
         yield batch
 
 
+def _body(item: list[Any]) -> bytes:
+    body: bytes = flat(item[0]).get(b"b") or item[1] or b""
+    return body
+
+
 def _record(job_id: str, item: list[Any]) -> JobRecord:
     fields, _, result, error, attempts, position, callback, tries = item
     return decode_record(
@@ -753,9 +993,8 @@ def _refusals(answer: list[Any]) -> list[tuple[int, str]]:
 
 
 def _held(item: list[Any]) -> Held:
-    job_id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent, checkpoint, at, alone = (
-        item
-    )
+    job_id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent, checkpoint, at = item[:13]
+    alone, lane = item[13:]
     return Held(
         job_id.decode(),
         unquote(queue),
@@ -771,7 +1010,20 @@ def _held(item: list[Any]) -> Held:
         checkpoint == 1,
         at,
         alone == 1,
+        functions_of(lane.decode()) if lane else (),
     )
 
 
-__all__ = ["CHUNK", "Common", "Count", "Held", "MLQueueError", "Outcome", "Page", "Settle", "Store", "StoredResult"]
+__all__ = [
+    "CHUNK",
+    "Common",
+    "Count",
+    "Held",
+    "MLQueueError",
+    "Outcome",
+    "Page",
+    "Settle",
+    "Store",
+    "StoredFile",
+    "StoredResult",
+]

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: queue moves start
+-- parts: events counts queue moves start
 -- A job that waits for another one: registers its bell, and has its own worker run the other if it waits in a lane of
 -- that worker. ARGV: id and attempt of the one that waits, id of the other, bell, worker, nonce (another after each job
 -- that it got), 1 when the worker may start it, then queue and lane of each that it serves.
@@ -65,7 +65,7 @@ if not may_start or call('HEXISTS', wkey, 'info') == 0 then
 end
 if rec.state == 'r' and rec.worker == worker and call('HGET', jkey(target), 'Y') == nonce then
   -- The answer that handed it over was lost.
-  hand_over_again(cmsgpack.pack({ target }), worker)
+  hand_over_again(cmsgpack.pack({ target, rec.attempt }), worker)
   return { rec.state, {}, jobs, holder }
 end
 
@@ -101,4 +101,5 @@ if shelf then
     end
   end
 end
+write_counts()
 return { rec.state, {}, jobs, holder }

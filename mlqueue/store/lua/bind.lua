@@ -15,7 +15,7 @@ for _, worker in ipairs(call('ZRANGE', R .. ':workers', 0, -1)) do
   for _, id in ipairs(call('SMEMBERS', R .. ':h:' .. worker)) do
     local f = call('HMGET', jkey(id), 's', 'u', 'J', 'q')
     if f[1] == 'r' and not f[3] and f[4] ~= 'mlqueue.callbacks' then
-      call('ZADD', R .. ':late', tonumber(f[2]) + timeout, id)
+      call('ZADD', R .. ':late', 'LT', tonumber(f[2]) + timeout, id)
       found = found + 1
     end
   end

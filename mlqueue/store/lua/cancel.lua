@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: queue moves create ends
+-- parts: events counts queue moves create ends
 -- ARGV: id. A waiting job ends cancelled; a running one gets the flag and its worker is told. Returns the state that
 -- the job was in, or false.
 local id = ARGV[1]
@@ -13,8 +13,10 @@ if rec.state == 'q' or rec.state == 'w' then
   call('ZREM', R .. ':sched', id)
   cancelled(id, rec, 'waiting')
   write_ends()
+  write_counts()
 elseif rec.state == 'r' and not rec.cancel then
   call('HSET', jkey(id), 'c', NOW)
+  emit('state', id)
   ring_own(rec.worker, 'c' .. id)
   tell(id, rec, false)
 end

@@ -1,5 +1,5 @@
 #!lua
--- parts: queue moves ends
+-- parts: events counts queue moves ends
 -- Saves a checkpoint. ARGV: id, attempt, size, value, number of chunks (0: the value is in ARGV), generation.
 -- Returns 1 (saved), 0 (stale), 2 (saved, and cancelling has been asked for).
 local id = ARGV[1]

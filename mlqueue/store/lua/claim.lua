@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: queue moves start
+-- parts: events counts queue moves start
 -- Starts callbacks that wait, for a worker. ARGV: worker, nonce, how many. Returns the jobs.
 local worker, nonce = ARGV[1], ARGV[2]
 local wkey, held = R .. ':w:' .. worker, R .. ':h:' .. worker
@@ -19,5 +19,5 @@ end
 if ids[1] then
   call('SADD', held, unpack(ids))
 end
-call('HSET', wkey, 'dn', nonce, 'dj', cmsgpack.pack(ids))
+call('HSET', wkey, 'dn', nonce, 'dj', cmsgpack.pack(given))
 return jobs

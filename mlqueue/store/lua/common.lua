@@ -38,10 +38,20 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:bell:QUEUE:LANE list   doorbell of a lane: at most one token; idle workers block on it
   R:wb:BELL        list    a waiter's or a worker's own bell; tokens say what happened
   R:actors         hash    the queue of every actor that a worker has declared, for who submits by name
+  R:http           hash    what web processes are told of every actor that may be called over HTTP (MessagePack)
+  R:keys           hash    API keys by their id (MessagePack; of the secret its SHA-256 alone)
+  R:once:KEY       string  what an idempotency key came with: fingerprint of the request, ids of the jobs (MessagePack)
+  R:ev             stream  what happened to jobs, while somebody listens: field e of each entry is an event (part_events.lua,
+                           MessagePack); one whose kind is "-" says that before it nobody did
+  R:evl            string  there while somebody listens; who does renews it
+  R:m              hash    counters (part_counts.lua): e:ACTOR:STATE[:REASON] ends, x:ACTOR crashes, z:ACTOR stalls, o:ACTOR
+                           timeouts, y:ACTOR retries, c:STATE tries to deliver callbacks; w:ACTOR:BUCKET and
+                           r:ACTOR:BUCKET how long jobs waited and ran, w:ACTOR:sum and r:ACTOR:sum that in ms
   R:sweep          hash    owner and until: who sweeps; last: when it did
   R:g:UUID         set     children of a group that have completed; R:g:UUID:n holds how many there are
   R:data:KEY       hash    what jobs stored for each other: v value, or n number of chunks; z size, g generation
   R:data:KEY:G:I   string  chunk I of generation G of it
+  R:datas          zset    the keys of such data (quoted) by the time when they expire, +inf for never
 
 A lane holds the jobs that the same workers can run: it is the actor's name, or the actor's name, "|" and a list of
 functions. A worker asks for lanes that it can run, so a job that nobody can run blocks nothing.

@@ -1,34 +1,46 @@
 #!lua
--- parts: queue moves create ends history
--- Creates dead jobs, as they were exported. ARGV: one packed item each: the job (as `create` takes it), its attempt,
--- retries, crashes, stalls, worker, created, started and finished in ms (0: none), reason, error, attempts (each packed).
+-- parts: events queue moves create
+-- Creates dead jobs, as they were exported. ARGV: how long dead jobs are kept in ms (-1: for ever), then one packed item
+-- each: the job (as `create` takes it), further fields of its record (flat), when it died in ms, its error, its attempts
+-- (each packed).
 -- Returns for each 1 (created), 0 (the id exists) or the error's text.
+local ttl = tonumber(ARGV[1])
+
+local function import(item)
+  local new, fields, died, err, attempts = unpack(item)
+  -- All of it before anything is written: a job that was half made would run.
+  assert(type(fields) == 'table' and #fields % 2 == 0 and type(died) == 'number' and type(err) == 'string'
+    and type(attempts) == 'table', 'malformed dead letter')
+  for _, value in ipairs(fields) do
+    assert(type(value) == 'string' or type(value) == 'number', 'malformed field')
+  end
+  for _, attempt in ipairs(attempts) do
+    assert(type(attempt) == 'string', 'malformed attempt')
+  end
+  local id = new[1]
+  if create(new) == 0 then
+    return 0
+  end
+  -- It has died elsewhere: there is no end here to be counted, or to be called back for.
+  local rec = load(id)
+  unshelve(rec.state, rec, id)
+  call('SET', R .. ':e:' .. id, err)
+  for _, attempt in ipairs(attempts) do
+    call('RPUSH', R .. ':at:' .. id, attempt)
+  end
+  shelve('d', rec, id)
+  -- The next sweep must not take at once what somebody has just brought back.
+  call('ZADD', R .. ':dead', ttl >= 0 and NOW - died >= ttl and NOW or died, id)
+  local n = #fields
+  fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'f', died, 's', 'd'
+  call('HSET', jkey(id), unpack(fields))
+  emit('state', id)
+  return 1
+end
+
 local answer = {}
-for i = 1, #ARGV do
-  local well, made = pcall(function()
-    local item = cmsgpack.unpack(ARGV[i])
-    local id = item[1][1]
-    if create(item[1]) == 0 then
-      return 0
-    end
-    local rec = load(id)
-    unshelve(rec.state, rec, id)
-    call('ZREM', R .. ':sched', id)
-    rec.callback = nil -- it was called when the job died
-    rec.worker = item[6]
-    local fields = { 'k', item[2], 'y', item[3], 'x', item[4], 'z', item[5], 't', item[7], 'g', item[10] }
-    if item[6] ~= '' then fields[#fields + 1] = 'w' fields[#fields + 1] = item[6] end
-    if item[8] > 0 then fields[#fields + 1] = 'u' fields[#fields + 1] = item[8] end
-    call('SET', R .. ':e:' .. id, item[11])
-    for _, attempt in ipairs(item[12]) do
-      call('RPUSH', R .. ':at:' .. id, attempt)
-    end
-    finish(id, rec, 'd', fields, -1)
-    write_ends()
-    call('HSET', jkey(id), 'f', item[9])
-    call('ZADD', R .. ':dead', item[9], id)
-    return 1
-  end)
-  answer[i] = well and made or 'error ' .. tostring(type(made) == 'table' and made.err or made)
+for i = 2, #ARGV do
+  local well, made = pcall(function() return import(cmsgpack.unpack(ARGV[i])) end)
+  answer[i - 1] = well and made or 'error ' .. tostring(type(made) == 'table' and made.err or made)
 end
 return answer

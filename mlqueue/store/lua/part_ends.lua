@@ -84,6 +84,10 @@ local function finish(id, rec, state, fields, ttl)
   local n = #fields
   fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'f', NOW, 's', state
   call('HSET', jkey(id), unpack(fields))
+  if rec.queue ~= CALLBACKS then
+    count('e:' .. rec.actor .. ':' .. state .. (state == 'd' and ':' .. call('HGET', jkey(id), 'g') or ''))
+  end
+  emit('state', id)
   gather(ends.shelves, state .. ':' .. rec.queue .. ':' .. rec.lane, rec.number, id)
   if ttl >= 0 then
     gather(ends.expiry, R .. ':exp', NOW + ttl, id)

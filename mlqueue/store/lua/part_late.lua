@@ -25,6 +25,7 @@ local function take_back(id, rec, timeout, most)
   local times = tonumber(call('HGET', jkey(id), 'O') or 0)
   call('SET', R .. ':e:' .. id, err)
   note_attempt(id, rec, 'stalled', err)
+  count('o:' .. rec.actor)
   if times >= most then
     finish(id, rec, 'd', { 'g', 'stalled', 'O', times }, -1)
     return 'dead'

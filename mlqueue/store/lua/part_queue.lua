@@ -98,6 +98,7 @@ local function requeue(id, rec, fields)
   fields[#fields + 1] = 's'
   fields[#fields + 1] = 'q'
   call('HSET', jkey(id), unpack(fields))
+  emit('state', id)
   ring(rec.queue, rec.lane)
   tell(id, rec, false)
   return shelf
@@ -114,6 +115,7 @@ local function schedule(id, rec, due, fields)
   fields[#fields + 1] = 's'
   fields[#fields + 1] = 'w'
   call('HSET', jkey(id), unpack(fields))
+  emit('state', id)
   -- Idle workers sleep until the job that was the earliest so far: wake one to look again.
   if call('ZRANGE', R .. ':sched', 0, 0)[1] == id then
     ring(rec.queue, rec.lane)

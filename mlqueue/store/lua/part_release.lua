@@ -1,7 +1,8 @@
 -- Taking jobs from workers that are gone.
 
--- Takes a running job from a worker that is gone. reason: crash, stall or drain. Returns what became of the job.
-local function release_one(id, worker, reason, alone, err, max_crashes, max_stalls)
+-- Takes a running job from a worker that is gone. reason: crash, stall or drain; idle: all its jobs only waited for
+-- others; alone: it is the only one to blame. Returns what became of the job.
+local function release_one(id, worker, reason, idle, alone, err, max_crashes, max_stalls)
   local rec = load(id)
   if not rec or rec.state ~= 'r' or rec.worker ~= worker then
     call('SREM', R .. ':h:' .. worker, id)
@@ -11,8 +12,8 @@ local function release_one(id, worker, reason, alone, err, max_crashes, max_stal
     cancelled(id, rec, 'lost')
     return 'cancelled'
   end
-  if rec.queue == CALLBACKS or rec.awaits then
-    -- No code of the user's ran in it, so it cannot have been the reason.
+  if rec.queue == CALLBACKS or rec.awaits and not idle then
+    -- It cannot have been the reason: another job ran, and in this one no code of the user's.
     reason = 'drain'
   end
   local fields = {}
@@ -21,6 +22,7 @@ local function release_one(id, worker, reason, alone, err, max_crashes, max_stal
   if reason == 'crash' then
     rec.crashes = rec.crashes + 1
     fields = { 'x', rec.crashes }
+    count('x:' .. rec.actor)
     -- Only a crash suffered alone proves that it was this job.
     if alone and rec.crashes >= tonumber(own[2] or max_crashes) then
       dead = 'crashed'
@@ -28,6 +30,7 @@ local function release_one(id, worker, reason, alone, err, max_crashes, max_stal
   elseif reason == 'stall' then
     local stalls = tonumber(own[1] or 0) + 1
     fields = { 'z', stalls }
+    count('z:' .. rec.actor)
     if stalls >= tonumber(own[3] or max_stalls) then
       dead = 'stalled'
     end
@@ -50,15 +53,16 @@ local function release_worker(worker, reason, err, max_crashes, max_stalls)
   local held = R .. ':h:' .. worker
   local ids = call('SMEMBERS', held)
   local answer = {}
-  local active = 0
+  local active, waiting = 0, 0
   for _, id in ipairs(ids) do
     local f = call('HMGET', jkey(id), 'A', 'q')
-    if not f[1] and f[2] ~= CALLBACKS then
-      active = active + 1
+    if f[2] ~= CALLBACKS then
+      active, waiting = active + (f[1] and 0 or 1), waiting + (f[1] and 1 or 0)
     end
   end
   for _, id in ipairs(ids) do
-    local well, outcome = pcall(release_one, id, worker, reason, active == 1, err, max_crashes, max_stalls)
+    local well, outcome = pcall(release_one, id, worker, reason, active == 0,
+      active == 1 or active == 0 and waiting == 1, err, max_crashes, max_stalls)
     if not well then
       outcome = 'error ' .. tostring(type(outcome) == 'table' and outcome.err or outcome)
     end
@@ -66,6 +70,7 @@ local function release_worker(worker, reason, err, max_crashes, max_stalls)
     answer[#answer + 1] = outcome
   end
   write_ends()
+  write_counts()
   if call('SCARD', held) == 0 then
     call('ZREM', R .. ':workers', worker)
     call('UNLINK', R .. ':w:' .. worker, held, R .. ':wb:' .. worker)

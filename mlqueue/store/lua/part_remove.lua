@@ -14,6 +14,7 @@ local function remove(id)
       end
     end
     if not ENDED[rec.state] then
+      emit('removed', id)
       tell(id, rec, true)
     end
   end

@@ -62,6 +62,9 @@ function settle_verbs.r(id, rec, s)
   call('SET', R .. ':e:' .. id, s[9])
   note_attempt(id, rec, 'failed', s[9])
   local fields = { 'y', tonumber(call('HGET', jkey(id), 'y') or 0) + s[10] }
+  if s[10] == 1 then
+    count('y:' .. rec.actor)
+  end
   if s[8] > 0 then
     schedule(id, rec, NOW + s[8], fields)
   else
@@ -99,7 +102,7 @@ local function settle_one(s)
   if type(id) ~= 'string' or type(attempt) ~= 'number' or not settle_verbs[verb] then
     error('malformed settle')
   end
-  local rec = load(id)
+  local rec, started = load(id)
   if not rec or rec.state ~= 'r' or rec.attempt ~= attempt then
     return 'stale'
   end
@@ -114,6 +117,9 @@ local function settle_one(s)
     complete_child(id, s[7])
   end
   settle_verbs[verb](id, rec, s)
+  if verb ~= 'l' and rec.queue ~= CALLBACKS then
+    runs = observe(runs, rec.actor, NOW - (started or NOW))
+  end
   return 'ok'
 end
 

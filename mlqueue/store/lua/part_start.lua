@@ -1,24 +1,29 @@
 -- Starting jobs, and handing them over to a worker.
 
-local jobs, ids = {}, {}
+-- `given`, flat: ids and attempts, for an answer that is lost on its way.
+local jobs, ids, given = {}, {}, {}
 
 local function read(id)
-  return call('HMGET', jkey(id), 's', 'w', 'k', 'q', 'a', 't', 'b', 'W', 'y', 'x', 'z', 'p', 'P', 'K', 'u', 'i', 'J')
+  return call('HMGET', jkey(id), 's', 'w', 'k', 'q', 'a', 't', 'b', 'W', 'y', 'x', 'z', 'p', 'P', 'K', 'u', 'i', 'J',
+    'N', 'l', 'd')
 end
 
--- What the worker gets of a job: id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent,
--- whether there is a checkpoint, started, whether it is to run alone.
+-- What the worker gets of a job: id, queue, actor, attempt, created (or retried by hand: its age begins anew), retries,
+-- body, crashes, stalls, priority, parent, whether there is a checkpoint, started, whether it is to run alone, its lane
+-- (when it is not the actor).
 local function hand_over(id, f, attempt, started)
-  return { id, f[4], f[5], attempt, tonumber(f[6]), tonumber(f[9] or 0), f[7] or call('GET', R .. ':b:' .. id) or '',
-    tonumber(f[10] or 0), tonumber(f[11] or 0), tonumber(f[12] or 0), f[13] or '', tonumber(f[14] or 0), started,
-    tonumber(f[16] or 0) }
+  return { id, f[4], f[5], attempt, tonumber(f[18] or f[6]), tonumber(f[9] or 0),
+    f[7] or call('GET', R .. ':b:' .. id) or '', tonumber(f[10] or 0), tonumber(f[11] or 0), tonumber(f[12] or 0),
+    f[13] or '', tonumber(f[14] or 0), started, tonumber(f[16] or 0), f[19] or '' }
 end
 
 -- The jobs that an answer which was lost on its way had handed over, as far as the worker holds them still.
 local function hand_over_again(packed, worker)
-  for _, id in ipairs(cmsgpack.unpack(packed)) do
+  local items = cmsgpack.unpack(packed)
+  for i = 1, #items, 2 do
+    local id = items[i]
     local f = read(id)
-    if f[1] == 'r' and f[2] == worker then
+    if f[1] == 'r' and f[2] == worker and tonumber(f[3]) == items[i + 1] then
       jobs[#jobs + 1] = hand_over(id, f, tonumber(f[3]), tonumber(f[15]))
     end
   end
@@ -50,7 +55,18 @@ local function start(id, worker)
     return
   end
   local attempt = tonumber(f[3] or 0) + 1
+  if attempt > 1 then
+    -- What an earlier attempt reported, and who started it.
+    call('HDEL', jkey(id), 'v', 'V', 'Y')
+  end
   call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
+  emit('state', id)
+  -- How long it has waited since it was created, was retried by hand, or was due. Of one that was put back at once that
+  -- is not known.
+  local since = f[20] or f[18] or f[6]
+  if f[4] ~= CALLBACKS and (not f[15] or tonumber(since) > tonumber(f[15])) then
+    waits = observe(waits, f[5], NOW - since)
+  end
   local timeout = f[4] ~= CALLBACKS and timeout_of(f[17])
   if timeout then
     call('ZADD', R .. ':late', NOW + timeout, id)
@@ -59,6 +75,7 @@ local function start(id, worker)
     tell(id, { watched = f[8] }, false)
   end
   ids[#ids + 1] = id
+  given[#given + 1], given[#given + 2] = id, attempt
   jobs[#jobs + 1] = hand_over(id, f, attempt, NOW)
 end
 

@@ -41,6 +41,11 @@ local function bury(id, functions, patience)
   return true
 end
 
+-- Names as people wrote them.
+local function unquoted(text)
+  return (string.gsub(text, '%%(%x%x)', function(hex) return string.char(tonumber(hex, 16)) end))
+end
+
 local function bury_unserved(outcomes, patience)
   local lanes = call('SMEMBERS', R .. ':fl')
   if #lanes == 0 then
@@ -49,7 +54,7 @@ local function bury_unserved(outcomes, patience)
   local by_queue = crews()
   for _, name in ipairs(lanes) do
     local queue, list = string.match(name, '^([^:]*):[^|]*|(.*)$')
-    local shelf, served, alive = R .. ':s:q:' .. name, false, false
+    local shelf, alone, served, alive = R .. ':s:q:' .. name, R .. ':s:i:' .. name, false, false
     local functions = {}
     for one in string.gmatch(list, '[^,]+') do
       functions[#functions + 1] = one
@@ -58,7 +63,7 @@ local function bury_unserved(outcomes, patience)
       alive = true
       served = served or has_all(known, functions)
     end
-    if call('EXISTS', shelf) == 0 then
+    if call('EXISTS', shelf, alone) == 0 then
       call('SREM', R .. ':fl', name)
       call('HDEL', R .. ':unserved', name)
     elseif served or not alive then
@@ -69,9 +74,9 @@ local function bury_unserved(outcomes, patience)
       if NOW - since >= patience then
         -- Not those that came later: each waits its time. Lowest numbers first, within a priority.
         for _, id in ipairs(call('ZRANGE', shelf, 0, 499)) do
-          local f = call('HMGET', jkey(id), 'N', 't')
-          if NOW - tonumber(f[1] or f[2] or 0) >= patience then
-            local well, done = pcall(bury, id, table.concat(functions, ', '), patience)
+          local f = call('HMGET', jkey(id), 'N', 't', 'd')
+          if NOW - math.max(tonumber(f[1] or f[2] or 0), tonumber(f[3] or 0)) >= patience then
+            local well, done = pcall(bury, id, unquoted(table.concat(functions, ', ')), patience)
             if well and done then
               outcomes[#outcomes + 1] = id
               outcomes[#outcomes + 1] = 'dead'

@@ -31,4 +31,6 @@ else
   call('HSET', key, 'v', ARGV[4], 'g', generation, 'z', ARGV[3])
 end
 keep(key)
+call('ZREMRANGEBYSCORE', R .. ':datas', '-inf', '(' .. NOW)
+call('ZADD', R .. ':datas', expiry >= 0 and NOW + expiry or '+inf', ARGV[1])
 return 1

@@ -1,8 +1,9 @@
 #!lua flags=no-writes
--- parts: queue moves
--- Reads records. ARGV: what (any of b body, s short result, r whole result, e error, a attempts, p position, c callback), then ids.
+-- parts: events queue moves
+-- Reads records. ARGV: what (any of b body, s short result, r whole result, e error, a attempts, p position, c callback,
+-- n newest event), then ids.
 -- Returns for each false, or fields (flat), body, result (flat), error, attempts, position (-1 unless queued), callback
--- (flat), tries to deliver it.
+-- (flat), tries to deliver it; with n the id of the newest event behind them: the record is as it left it.
 local what = ARGV[1]
 local function wants(letter)
   return string.find(what, letter, 1, true) ~= nil
@@ -53,5 +54,9 @@ for i = 2, #ARGV do
       wants('c') and call('LRANGE', R .. ':ca:' .. id, 0, -1) or {},
     }
   end
+end
+if wants('n') then
+  local newest = redis.pcall('XREVRANGE', R .. ':ev', '+', '-', 'COUNT', 1)[1]
+  answer[#answer + 1] = newest and newest[1] or '0-0'
 end
 return answer

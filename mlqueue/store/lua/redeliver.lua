@@ -1,5 +1,5 @@
 #!lua
--- parts: queue moves create ends
+-- parts: events counts queue moves create ends
 -- Has the callback of an ended job delivered again. ARGV: id, URL ('' as it is), nonce. Returns the job's state, '-' when
 -- it has no callback, false when there is no such job.
 local id = ARGV[1]
@@ -19,4 +19,5 @@ if ARGV[2] ~= '' then
 end
 call('HSET', R .. ':cb:' .. id, 's', 'p')
 create({ id .. '.cb' .. rec.number .. '.' .. ARGV[3], CALLBACKS, CALLBACK, CALLBACK, 0, -1, -1, NO_ARGUMENTS, 0, id })
+emit('callback', id)
 return rec.state

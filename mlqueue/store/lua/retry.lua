@@ -1,42 +1,58 @@
 #!lua
--- parts: queue moves ends
--- ARGV: id, body ('' as it is), nonce. A dead or cancelled job goes back to the end of its queue with its counts at nought; its
--- attempt goes on.
--- Returns the state that the job was in, or false.
-local id = ARGV[1]
-local rec = load(id)
-if not rec then
-  return false
-end
-if call('HGET', jkey(id), 'M') == ARGV[3] then
-  return 'd' -- it has been done; only the answer was lost
-end
-if rec.state ~= 'd' and rec.state ~= 'c' then
-  return rec.state
-end
-local was = rec.state
-unshelve(was, rec, id)
-call('ZREM', R .. ':exp', id)
-call('ZREM', R .. ':dead', id)
-drop_result(id)
-call('UNLINK', R .. ':e:' .. id)
-call('HDEL', jkey(id), 'x', 'y', 'z', 'g', 'c', 'f', 'i', 'r', 'v', 'V', 'd', 'h', 'O')
-if ARGV[2] and ARGV[2] ~= '' then
-  if #ARGV[2] <= 64 then
-    call('HSET', jkey(id), 'b', ARGV[2])
+-- parts: events counts queue moves ends
+-- Puts ended jobs back at the end of their queues, their counts at nought; their attempts go on. ARGV: nonce, states that
+-- they may be in (letters), then id and body ('' as it is) of each.
+-- Returns for each the state that it was in (it is as it was if that is none of those), false when there is no such job,
+-- or the error's text.
+local nonce, states = ARGV[1], ARGV[2]
+
+local function replace_body(id, body)
+  if #body <= 64 then
+    call('HSET', jkey(id), 'b', body)
     call('UNLINK', R .. ':b:' .. id)
   else
-    call('SET', R .. ':b:' .. id, ARGV[2])
+    call('SET', R .. ':b:' .. id, body)
     call('HDEL', jkey(id), 'b')
   end
 end
-rec.number = call('INCR', R .. ':seq')
-rec.crashes, rec.alone = 0, nil
-local tags = call('HGET', jkey(id), 'G')
-if tags then
-  for _, tag in ipairs(cmsgpack.unpack(tags)) do
-    call('ZADD', R .. ':tag:' .. tag, rec.number, id)
+
+local function retry(id, body)
+  local rec = load(id)
+  if not rec then
+    return false
   end
+  if call('HGET', jkey(id), 'M') == nonce then
+    return string.sub(states, 1, 1) -- it has been done; only the answer was lost
+  end
+  if not string.find(states, rec.state, 1, true) then
+    return rec.state
+  end
+  local was = rec.state
+  unshelve(was, rec, id)
+  call('ZREM', R .. ':exp', id)
+  call('ZREM', R .. ':dead', id)
+  drop_result(id)
+  call('UNLINK', R .. ':e:' .. id)
+  call('HDEL', jkey(id), 'x', 'y', 'z', 'g', 'c', 'f', 'i', 'r', 'v', 'V', 'd', 'h', 'O')
+  if body ~= '' then
+    replace_body(id, body)
+  end
+  rec.number = call('INCR', R .. ':seq')
+  rec.crashes, rec.alone = 0, nil
+  local tags = call('HGET', jkey(id), 'G')
+  if tags then
+    for _, tag in ipairs(cmsgpack.unpack(tags)) do
+      call('ZADD', R .. ':tag:' .. tag, rec.number, id)
+    end
+  end
+  requeue(id, rec, { 'n', rec.number, 'N', NOW, 'M', nonce })
+  return was
 end
-requeue(id, rec, { 'n', rec.number, 'N', NOW, 'M', ARGV[3] })
-return was
+
+local answer = {}
+for i = 3, #ARGV, 2 do
+  local well, was = pcall(retry, ARGV[i], ARGV[i + 1])
+  -- One broken record must not hold up the others.
+  answer[#answer + 1] = well and was or not well and 'error ' .. tostring(type(was) == 'table' and was.err or was)
+end
+return answer

@@ -1,4 +1,6 @@
 #!lua flags=allow-oom
--- parts: queue moves create ends history progress settle
+-- parts: events counts queue moves create ends history progress settle
 -- ARGV: one packed settle each. Returns refusals, flat: position, text.
-return settle(1, #ARGV)
+local refused = settle(1, #ARGV)
+write_counts()
+return refused

@@ -1,9 +1,15 @@
 #!lua flags=allow-oom
--- ARGV: worker, lease in ms, info, then name and queue of each actor that it knows.
+-- ARGV: worker, lease in ms, info, then of each actor that it knows the name, the queue and what web processes are told
+-- of it ('' when it is not to be called by them).
 call('HSET', R .. ':w:' .. ARGV[1], 'info', ARGV[3])
 call('PERSIST', R .. ':w:' .. ARGV[1])
 call('ZADD', R .. ':workers', NOW + tonumber(ARGV[2]), ARGV[1])
-if #ARGV > 3 then
-  call('HSET', R .. ':actors', unpack(ARGV, 4))
+for i = 4, #ARGV, 3 do
+  call('HSET', R .. ':actors', ARGV[i], ARGV[i + 1])
+  if ARGV[i + 2] ~= '' then
+    call('HSET', R .. ':http', ARGV[i], ARGV[i + 2])
+  else
+    call('HDEL', R .. ':http', ARGV[i])
+  end
 end
 return NOW

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: queue moves promote create ends history release remove late unserved
+-- parts: events counts queue moves promote create ends history release remove late unserved
 -- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
 -- buries what no worker knows the functions of, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
@@ -30,6 +30,7 @@ end
 take_back_late(outcomes, tonumber(ARGV[6]))
 bury_unserved(outcomes, tonumber(ARGV[9]))
 write_ends()
+write_counts()
 promote(1000)
 local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
 for _, id in ipairs(expired) do
@@ -41,7 +42,9 @@ for _, id in ipairs(expired) do
 end
 if tonumber(ARGV[8]) >= 0 then
   for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':dead', '-inf', NOW - tonumber(ARGV[8]), 'LIMIT', 0, 1000)) do
-    if not pcall(remove, id) then
+    if call('HGET', R .. ':cb:' .. id, 's') == 'p' then
+      call('ZADD', R .. ':dead', NOW - tonumber(ARGV[8]) + 60000, id) -- as above
+    elseif not pcall(remove, id) then
       call('ZREM', R .. ':dead', id)
     end
   end

@@ -1,5 +1,5 @@
 #!lua
--- parts: queue moves
+-- parts: events queue moves
 -- Registers a bell with a job that has not ended. ARGV: id, "e" or "a", bell.
 -- Returns the state, or false when there is no such job.
 local rec = load(ARGV[1])

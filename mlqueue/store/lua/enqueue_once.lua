@@ -1,0 +1,26 @@
+#!lua
+-- parts: events queue create
+-- Creates jobs unless an idempotency key says that they have been. ARGV: key, fingerprint of the request, for how long the
+-- key is kept (ms), packed jobs. Returns the ids of the jobs, these or those of the first time; false when the key came
+-- with another fingerprint.
+local key = R .. ':once:' .. ARGV[1]
+local known = call('GET', key)
+if known then
+  local first = cmsgpack.unpack(known)
+  return first[1] == ARGV[2] and first[2]
+end
+local items, ids = {}, {}
+for i = 4, #ARGV do
+  items[#items + 1] = cmsgpack.unpack(ARGV[i])
+  ids[#ids + 1] = items[#items][1]
+end
+call('SET', key, cmsgpack.pack({ ARGV[2], ids }), 'PX', ARGV[3])
+for _, item in ipairs(items) do
+  local well, failure = pcall(create, item)
+  if not well then
+    -- Else whoever tries again would be told of jobs that are not there.
+    call('UNLINK', key)
+    return redis.error_reply('ERR ' .. tostring(type(failure) == 'table' and failure.err or failure))
+  end
+end
+return ids
