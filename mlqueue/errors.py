@@ -6,8 +6,11 @@
     ├── SettingsError            a setting that is unknown or has a value that is not allowed
     ├── InvalidJob               arguments or options that cannot be a job
     │   ├── EncodeError          a value that cannot be sent; carries the path to it
-    │   └── DecodeError          bytes that are not what the codec writes
+    │   ├── DecodeError          bytes that are not what the codec writes
+    │   ├── InvalidArguments     values that do not fit a schema; carries the path to each fault
+    │   └── KeyReused            an idempotency key that came with another request before
     ├── JobNotFound              no job has this id (also a KeyError)
+    ├── ActorNotFound            no worker has declared this actor (also a KeyError)
     ├── InvalidTransition        the job's state does not allow the move
     ├── StaleAttempt             the job has been taken over by a later attempt
     ├── JobFailed                the awaited job ended dead
@@ -16,6 +19,13 @@
     ├── ResultTimeout            the job did not end in time (also a TimeoutError)
     ├── ResultMissing            the job has no result (not ended, or expired)
     ├── NoCurrentJob             current_job() outside a job
+    ├── RequestError             an HTTP request that cannot be read
+    │   ├── BodyTooLarge         its body is larger than allowed
+    │   ├── UnsupportedBody      its body is of a type that is not taken
+    │   └── RangeNotSatisfiable  it asks for a part of a result that is not there
+    ├── Unauthorized             an HTTP request without a valid key or login
+    ├── Forbidden                an HTTP request whose key or login does not reach so far
+    ├── TooManyStreams           an HTTP server that has no room for another stream
     ├── StoreError               the store refused a command
     │   ├── StoreUnavailable     the store cannot be reached
     │   ├── StoreFull            the store has no memory or disk left
@@ -29,20 +39,28 @@ when it is raised without one.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import ClassVar
 
 __all__ = [
+    "ActorNotFound",
+    "BodyTooLarge",
     "DecodeError",
     "EmbeddedError",
     "EncodeError",
+    "Forbidden",
+    "InvalidArguments",
     "InvalidJob",
     "InvalidTransition",
     "JobCancelled",
     "JobFailed",
     "JobNotFound",
+    "KeyReused",
     "MLQueueError",
     "MissingDependency",
     "NoCurrentJob",
+    "RangeNotSatisfiable",
+    "RequestError",
     "ResultMissing",
     "ResultTimeout",
     "SettingsError",
@@ -50,6 +68,9 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreUnavailable",
+    "TooManyStreams",
+    "Unauthorized",
+    "UnsupportedBody",
     "WaitCycle",
 ]
 
@@ -101,6 +122,19 @@ class DecodeError(InvalidJob):
     status = 400
 
 
+class InvalidArguments(InvalidJob):
+    """These values do not fit what is allowed."""
+
+    def __init__(self, message: str | None = None, *, faults: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        #: Path (``$.kwargs.lr``) and text of each fault.
+        self.faults = tuple(faults)
+
+
+class KeyReused(InvalidJob):
+    """This idempotency key came with another request before."""
+
+
 class JobNotFound(MLQueueError, KeyError):
     """No job has this id."""
 
@@ -119,6 +153,13 @@ class JobNotFound(MLQueueError, KeyError):
         )
 
 
+class ActorNotFound(MLQueueError, KeyError):
+    """No worker has declared this actor."""
+
+    status = 404
+    exit_code = 3
+
+
 class InvalidTransition(MLQueueError):
     """The job's state does not allow this move."""
 
@@ -133,6 +174,8 @@ class StaleAttempt(MLQueueError):
 
 class JobFailed(MLQueueError):
     """The job failed."""
+
+    status = 409
 
     def __init__(
         self,
@@ -159,8 +202,6 @@ class JobFailed(MLQueueError):
 class JobCancelled(JobFailed):
     """The job was cancelled."""
 
-    status = 409
-
 
 class WaitCycle(MLQueueError, RuntimeError):
     """A job waits for one that waits for it: neither would ever go on."""
@@ -170,10 +211,11 @@ class WaitCycle(MLQueueError, RuntimeError):
     @classmethod
     def of(cls, chain: list[str]) -> WaitCycle:
         """The error for jobs of which each waits for the next, or is the child of the next."""
+        other = chain[-1] if chain[-1] != chain[0] else chain[1]
         return cls(
-            f"job {chain[0]} waits for {chain[-1] if chain[-1] != chain[0] else chain[1]}, which is waiting for it or is "
-            f"an ancestor of it: {' -> '.join(chain)}. Neither would ever go on; have the other one read the result, or "
-            "submit the rest of the work as a job of its own."
+            f"job {chain[0]} waits for {other}, which is waiting for it or is an ancestor of it: {' -> '.join(chain)}. "
+            "Neither would ever go on; have the other one read the result, or submit the rest of the work as a job of "
+            "its own."
         )
 
 
@@ -194,6 +236,53 @@ class ResultMissing(MLQueueError):
 class NoCurrentJob(MLQueueError, RuntimeError):
     """There is no current job here: current_job() works inside an actor that a worker runs. Call it there, or pass
     what you need as an argument."""
+
+
+class RequestError(MLQueueError):
+    """This request cannot be read."""
+
+    status = 400
+
+
+class BodyTooLarge(RequestError):
+    """The body of this request is larger than allowed."""
+
+    status = 413
+
+
+class UnsupportedBody(RequestError):
+    """The body of this request is of a type that is not taken here."""
+
+    status = 415
+
+
+class RangeNotSatisfiable(RequestError):
+    """This part of the result is not there."""
+
+    status = 416
+
+    def __init__(self, message: str | None = None, *, size: int = 0) -> None:
+        super().__init__(message)
+        #: How many bytes there are.
+        self.size = size
+
+
+class Unauthorized(MLQueueError):
+    """This request has no valid key or login."""
+
+    status = 401
+
+
+class Forbidden(MLQueueError):
+    """The key or login of this request does not reach so far."""
+
+    status = 403
+
+
+class TooManyStreams(MLQueueError):
+    """There are as many streams of events here as may be open at a time."""
+
+    status = 503
 
 
 class StoreError(MLQueueError):

@@ -33,7 +33,7 @@ from .processes import interpreter_command, is_gone, is_stopped, place
 from .settings import Settings
 from .store import Connector, Store
 
-__all__ = ["Supervisor"]
+__all__ = ["Supervisor", "environment_under", "how_it_ended", "restart_pause"]
 
 logger = logging.getLogger("mlqueue.supervisor")
 
@@ -348,7 +348,7 @@ class Supervisor:
                 interpreter_command("mlqueue.child", str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=self._environment(),
+                env=environment_under(self.settings),
                 # So that a terminal's Ctrl-C reaches the supervisor alone.
                 start_new_session=True,
             )
@@ -379,15 +379,6 @@ class Supervisor:
             only_alone=seat.alone,
             log_level=self.settings.log_level,
         )
-
-    def _environment(self) -> dict[str, str]:
-        """Ours, with the settings that were given as arguments: the user's `MLQ()` reads its settings there."""
-        environment = dict(os.environ)
-        for described in self.settings.describe():
-            if described.source == "argument":
-                value = getattr(self.settings, described.name)
-                environment[described.env] = "none" if value is None else str(value)
-        return environment
 
     def _on_message(self, child: _Child) -> None:
         said = False
@@ -545,6 +536,16 @@ def release_lost(store: Store) -> None:
         if info.get("place") == place() and isinstance(pid, int) and born_at is not None and is_gone(pid, born_at):
             outcomes = store.release(worker.id, "stall", "its worker was lost together with its supervisor")
             logger.warning("worker %s (pid %d) was lost: %s", worker.id, pid, in_words(outcomes))
+
+
+def environment_under(settings: Settings) -> dict[str, str]:
+    """Ours, with the settings that were given as arguments: a process that has it reads its settings there."""
+    environment = dict(os.environ)
+    for described in settings.describe():
+        if described.source == "argument":
+            value = getattr(settings, described.name)
+            environment[described.env] = "none" if value is None else str(value)
+    return environment
 
 
 def restart_pause(failures: int, *, worked: bool) -> float:

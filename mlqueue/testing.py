@@ -54,6 +54,7 @@ from .broker import StoreBroker
 from .delivery import Delivery, current_delivery
 from .embedded import EmbeddedServer
 from .errors import InvalidJob, ResultTimeout
+from .events import close_hub
 from .job import ENDED, JobRecord, State, seconds
 from .message import from_job
 from .middleware import AsyncIO
@@ -142,12 +143,14 @@ def isolated(*apps: MLQ, **settings: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _redirected(store: Store, server: Settings) -> Iterator[None]:
     close_bell(store)
+    close_hub(store)
     connector = Connector(server)
     with mock.patch.object(store, "connector", connector):
         try:
             yield
         finally:
             close_bell(store)
+            close_hub(store)
             connector.close()
 
 
@@ -323,7 +326,7 @@ class _Eager:
     def _hello(self) -> None:
         info = {"host": platform.node(), "pid": os.getpid(), "started_at": time.time(), "threads": 1}
         queues = {name: actor.queue_name for name, actor in self._broker.actors.items()}
-        self._broker.store.start_worker(self._pump.worker, info, queues)
+        self._broker.store.start_worker(self._pump.worker, info, queues, self._broker.published)
 
 
 class _Settling(Consumer):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import threading
 import time
 import uuid
@@ -21,7 +20,7 @@ from typing import Any, Final
 from .errors import StoreError
 from .job import State
 from .store import Store
-from .store.connection import translated
+from .store.connection import shut, translated
 
 #: How long the leader blocks at most before it looks around, in seconds.
 SLICE: Final = 5.0
@@ -163,7 +162,7 @@ class Bell:
             self._condition.notify_all()
             if self._led:
                 if self._connection is not None:
-                    _shut(self._connection)
+                    shut(self._connection)
                 self._condition.wait_for(lambda: not self._led, timeout=1)
             if not self._led:
                 self._drop()
@@ -194,14 +193,6 @@ class Bell:
                 self.wait(nothing, 0, time.monotonic() + SLICE)
             except ReferenceError:
                 return  # the store is gone, and whoever waited with it
-
-
-def _shut(connection: Any) -> None:
-    """Ends a read that another thread is in."""
-    sock = connection._sock
-    if sock is not None:
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
 
 
 _lock = threading.Lock()

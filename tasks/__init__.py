@@ -6,7 +6,7 @@ Importing this package declares every actor; a worker imports it, and so may a p
 from __future__ import annotations
 
 from .app import mlq
-from .inference import predict_digits
+from .inference import classify_digit, predict_digits
 from .training import train_digits
 
-__all__ = ["mlq", "predict_digits", "train_digits"]
+__all__ = ["classify_digit", "mlq", "predict_digits", "train_digits"]

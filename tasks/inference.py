@@ -13,10 +13,11 @@ from mlqueue import codec
 from .app import mlq
 from .data import SIDE
 from .network import Network
+from .pictures import image_of
 from .training import LATEST_MODEL, model_key
 
 
-@mlq.actor(queue_name="predict", throws=ValueError)
+@mlq.actor(queue_name="predict", throws=ValueError, http=True)
 def predict_digits(images: NDArray[Any], model: str | None = None) -> dict[str, NDArray[Any]]:
     """What the images show.
 
@@ -33,6 +34,25 @@ def predict_digits(images: NDArray[Any], model: str | None = None) -> dict[str, 
     network = load_network(model)
     probabilities = network.probabilities(images)
     return {"digits": probabilities.argmax(axis=1), "confidence": probabilities.max(axis=1)}
+
+
+@mlq.actor(queue_name="predict", throws=ValueError, http=True, result_ttl=86400)
+def classify_digit(picture: bytes, model: str | None = None) -> mlqueue.Result:
+    """What digit a picture shows, as people upload or draw it (see `tasks.pictures.image_of`).
+
+    The short result is the digit, the full one a dict: ``digit``, ``confidence``, ``probabilities`` (of the ten
+    digits), and ``image``, what the network saw: eight rows of eight numbers from 0 (paper) to 1 (ink).
+    """
+    image = image_of(picture)
+    probabilities = load_network(model).probabilities(image[np.newaxis])[0]
+    digit = int(probabilities.argmax())
+    found = {
+        "digit": digit,
+        "confidence": float(probabilities[digit]),
+        "probabilities": probabilities.tolist(),
+        "image": image.tolist(),
+    }
+    return mlqueue.Result(short=digit, full=found)
 
 
 def load_network(model: str | None) -> Network:

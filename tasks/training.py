@@ -29,7 +29,7 @@ def model_key(job_id: str) -> str:
 
 
 # A ValueError is a wrong argument, which no retry makes right.
-@mlq.actor(queue_name="train", throws=ValueError)
+@mlq.actor(queue_name="train", throws=ValueError, http=True)
 def train_digits(
     lr: float = 0.02, epochs: int = 50, hidden: int = 256, batch_size: int = 32, seed: int = 1
 ) -> mlqueue.Result | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import io
 import json
 import os
 import pty
@@ -13,32 +11,27 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
 import pytest
+from command import DEADLINE, ROOT, Folder, a_folder
+from support import eventually
 
 from mlqueue import __version__
-from mlqueue.cli import main, types
+from mlqueue.cli import types
 from mlqueue.cli.group import COMMANDS, cli
 from mlqueue.cli.live import bar, outcome, status
 from mlqueue.cli.text import ago, clean, duration, one_line, table
 from mlqueue.cli.values import from_text, plain
-from mlqueue.embedded import EmbeddedServer
 from mlqueue.errors import InvalidJob
 from mlqueue.job import DeadReason, JobError, JobRecord, State
 
-ROOT = Path(__file__).parent.parent
 MANUAL = (ROOT / "docs" / "reference" / "commands.md").read_text()
-
-#: Seconds that anything here may take.
-DEADLINE = 20.0
 
 ACTORS = """
 import os
@@ -87,109 +80,17 @@ def steps(count):
 """
 
 
-class Ran(NamedTuple):
-    """How a call of the command went."""
-
-    code: int
-    out: bytes
-    err: str
-
-    @property
-    def text(self) -> str:
-        return self.out.decode()
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def lines(self) -> list[Any]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def error(self) -> Any:
-        return json.loads(self.err.splitlines()[-1])["error"]
-
-
-class Folder:
-    """A folder with an embedded server of its own, and the command in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.home = path / ".mlqueue"
-        kept = {name: text for name, text in os.environ.items() if not name.startswith(("MLQUEUE_", "REDIS_URL"))}
-        self.environ = kept | {
-            "MLQUEUE_HOME": str(self.home),
-            "MLQUEUE_SERVER_GRACE": "2",
-            "PYTHONPATH": str(ROOT),
-            "COLUMNS": "100",
-            "TERM": "xterm",
-        }
-
-    def spawn(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
-        """The command as a process."""
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        # Unbuffered, so that a line can be read first and the rest by communicate().
-        return subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "mlqueue", *args],
-            cwd=self.path,
-            env=self.environ,
-            bufsize=0,
-            **streams,
-        )
-
-    def process(self, *args: str, stdin: bytes = b"") -> Ran:
-        """Runs the command as a process."""
-        process = self.spawn(*args, stdin=subprocess.PIPE)
-        out, err = process.communicate(stdin, timeout=DEADLINE)
-        return Ran(process.returncode, out, err.decode())
-
-    def __call__(self, *args: str) -> Ran:
-        """Runs the command in this process: where a process of its own would add nothing."""
-        out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            for name in [name for name in os.environ if name.startswith(("MLQUEUE_", "REDIS_URL"))]:
-                patch.delenv(name)
-            for name, value in self.environ.items():
-                patch.setenv(name, value)
-            patch.chdir(self.path)
-            code = main(args)
-            out.flush()
-            err.flush()
-        return Ran(code, out.buffer.getvalue(), err.buffer.getvalue().decode())  # type: ignore[attr-defined]
-
-    def submit(self, *args: str) -> str:
-        """Submits a job; its id."""
-        ran = self("submit", *args)
-        assert (0, 1) == (ran.code, len(ran.text.split())), ran
-        return ran.text.strip()
-
-    def close(self) -> None:
-        """Stops the server, if one runs."""
-        EmbeddedServer(self.home).stop()
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Folder]:
-    with tempfile.TemporaryDirectory(prefix="mlq-cli-") as path:
-        folder = Folder(Path(path))
-        try:
-            yield folder
-        finally:
-            folder.close()
-
-
 @pytest.fixture
 def folder() -> Iterator[Folder]:
     """A new folder."""
-    with _folder() as folder:
+    with a_folder() as folder:
         yield folder
 
 
 @pytest.fixture(scope="module")
 def shop() -> Iterator[Folder]:
     """A folder with a worker, started by the command."""
-    with _folder() as folder:
+    with a_folder() as folder:
         (folder.path / "shop_actors.py").write_text(ACTORS)
         log = folder.path / "worker.log"
         with log.open("wb") as file:
@@ -264,7 +165,7 @@ def test_help_needs_neither_numpy_nor_the_modules_of_the_commands() -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["frob"], "no command 'frob'; there are submit, jobs"),
+        (["frob"], "no command 'frob'; there are submit, post"),
         (["job"], "did you mean jobs?"),
         (["submit"], "Missing argument 'ACTOR'"),
         (["watch"], "Missing argument"),
@@ -508,6 +409,15 @@ def test_submit_prints_the_id_and_result_the_result(shop: Folder) -> None:
     ran = shop.process("result", submitted.text.strip(), "--timeout", "20s")
     assert (0, [1, -2.5, True, None, ["x"], "a text", "NaN", "-x", -5]) == (ran.code, ran.json)
     assert shop("submit", "echo", "--json").json.keys() == {"id", "actor", "queue"}
+
+
+def test_show_tells_of_the_callback_and_of_each_try(shop: Folder) -> None:
+    job_id = shop("submit", "echo", "1", "--callback", "http://10.255.255.1/done?token=secret").text.strip()
+    record = eventually(lambda: (found := shop("show", job_id, "--json").json)["callback_attempts"] and found)
+    assert (record["state"], record["callback_state"]) == ("succeeded", "failed")
+    shown = shop("show", job_id).text
+    assert "http://10.255.255.1/done?token=secret  (failed)" in shown
+    assert "MLQUEUE_CALLBACK_ALLOW" in shown.partition("tries to deliver the callback")[2]
 
 
 def test_keyword_arguments_are_the_actors_whatever_their_names(shop: Folder) -> None:

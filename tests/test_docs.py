@@ -1,10 +1,10 @@
 """The documentation is complete, and what it shows can be run.
 
-The examples of README.md and of docs/tutorial run in a fresh folder with an embedded server of their own and real
-worker processes, as a reader would run them. A python block whose first line is a comment ``# NAME.py`` is that file.
-The lines of a sh block run one after the other: in the background when they end in ``&``, and not at all when they
-install or build something. A line may end in ``# exit code N``. A text block behind it is what was printed, ``...``
-standing for anything.
+The examples of README.md, docs/tutorial and docs/howto run in a fresh folder with an embedded server of their own and
+real worker processes, as a reader would run them. A python block whose first line is a comment ``# NAME.py`` is that
+file. The lines of a sh block run one after the other: in the background when they end in ``&``, and not at all when
+they install or build something. A line may end in ``# exit code N``. A text block behind it is what was printed,
+``...`` standing for anything.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mlqueue.job import MOVES
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-TUTORIALS = sorted((DOCS / "tutorial").glob("*.md"))
+TUTORIALS = sorted([*(DOCS / "tutorial").glob("*.md"), *(DOCS / "howto").glob("*.md")])
 
 #: What a line of a sh block begins with that is not run here.
 NOT_RUN = ("#", "make", "pip", "cd ", "git ")

@@ -33,6 +33,7 @@ class Entry(NamedTuple):
 #: The commands. The functions have the names given here; modules are imported when their command is called.
 COMMANDS: Final[dict[str, Entry]] = {
     "submit": Entry("submit", "Submit a job by the name of its actor."),
+    "post": Entry("post", "Post a job for the listeners of a name."),
     "jobs": Entry("look", "List jobs, newest first."),
     "show": Entry("look", "Show all that is known of a job."),
     "watch": Entry("watch", "Watch jobs until they end."),
@@ -40,10 +41,22 @@ COMMANDS: Final[dict[str, Entry]] = {
     "stats": Entry("look", "Count jobs, and list the workers."),
     "cancel": Entry("steer", "Cancel jobs."),
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
+    "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),
+    "clear": Entry("clear", "Forget jobs that do not run."),
     "worker": Entry("worker", "Run worker processes."),
+    "reaper": Entry("reaper", "Give back jobs that run too long."),
+    "web": Entry("web", "Serve the HTTP interface."),
+    "up": Entry("up", "Run workers, the HTTP interface and the embedded server in one terminal."),
     "server": Entry("server", "Run the embedded server of this folder."),
+    "key": Entry("key", "API keys of the HTTP interface: make, list and revoke them."),
     "datasets": Entry("mlqueue.batch.cli", "Data sets: list, fetch, locate and remove them."),
     "settings": Entry("settings", "Show all settings and where each is from."),
+}
+
+#: MLQ's own words, which no list shows.
+ALIASES: Final[dict[str, Entry]] = {
+    "clear_all": Entry("clear", "Forget all jobs that do not run, without asking."),
+    "consumer": Entry("consumer", "Run workers, and the HTTP interface and the reaper with them."),
 }
 
 
@@ -56,7 +69,7 @@ class Group(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name, or None."""
-        entry = COMMANDS.get(cmd_name)
+        entry = COMMANDS.get(cmd_name) or ALIASES.get(cmd_name)
         if entry is None:
             return None
         name = entry.module if "." in entry.module else f"{__package__}.{entry.module}"
@@ -67,7 +80,7 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, with a hint."""
-        if args[0] not in COMMANDS:
+        if args[0] not in COMMANDS and args[0] not in ALIASES:
             close = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}."
             ctx.fail(f"no command {args[0]!r}; {hint}")

@@ -15,10 +15,10 @@ from .call import Call
 #: What is in the embedded server's folder once it has run there.
 TRACES: Final = ("appendonlydir", "server.json")
 
-#: Keys that a namespace has from its first job on (``seq``) or from its first worker on (``actors``), as the server
-#: finds them, and exactly. The layout is in ``store/lua/common.lua``.
-GLOB: Final = "mlq:{*}:[as][ce][tq]*"
-KEY: Final = re.compile(rb"mlq:\{([^{}]+)\}:(?:seq|actors)")
+#: Keys that a namespace has from its first job on (``seq``), from its first worker on (``actors``) or from its first
+#: API key on (``keys``), as the server finds them, and exactly. The layout is in ``store/lua/common.lua``.
+GLOB: Final = "mlq:{*}:[ask][ce][tqy]*"
+KEY: Final = re.compile(rb"mlq:\{([^{}]+)\}:(?:seq|actors|keys)")
 
 #: How many keys one step of the scan looks at, and for how many seconds it goes on: a large store has millions.
 STEP: Final = 2000

@@ -33,6 +33,9 @@ OLDEST: Final = {"redis": (7, 0), "valkey": (7, 2)}
 FIRST_PAUSE: Final = 0.02
 LONGEST_PAUSE: Final = 0.5
 
+#: How many connections are kept that no call is using.
+MOST_IDLE: Final = 64
+
 #: Errors after which the same call may go through: the connection, or the server's state of the moment.
 PASSING: Final = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
 
@@ -54,7 +57,9 @@ class Connector:
         self._lock = threading.Lock()
         self._client: redis.Redis | None = None
         self._checked = False
-        self._local = threading.local()
+        #: Connections that no call is using, the one that was used last behind the others; of the process `_pid`.
+        self._idle: list[Any] = []
+        self._pid = os.getpid()
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         #: The embedded server, when no URL is set.
         self.embedded: EmbeddedServer | None = None
@@ -143,23 +148,46 @@ class Connector:
             self.reconnect()
 
     def _once(self, command: tuple[Any, ...], script: Script | None) -> Any:
-        # A connection for each thread, used bare: a third of the cost of Redis.execute_command with its pool, which
-        # every submit would pay.
-        connection = getattr(self._local, "connection", None)
-        if connection is None or self._local.pid != os.getpid():
-            connection = self._new_connection()
-            self._local.connection, self._local.pid = connection, os.getpid()
-            self._connections.add(connection)
+        # Bare connections, as many as there are calls at a time: a third of the cost of Redis.execute_command with its
+        # pool, which every submit would pay. Not one for each thread, of which a web server has thousands with gevent.
+        connection = self._take()
         try:
             if not self._checked:
                 self._check_version(connection)
-            return send(connection, command, script)
+            answer = send(connection, command, script)
         except redis.ResponseError:
+            self._give_back(connection)
             raise
         except BaseException:
             # Interrupted with an answer outstanding, too: the next call would read it as its own.
             connection.disconnect()
+            # Those that nobody uses are broken as well, as a rule, and each would cost a try.
+            self._drop_idle()
             raise
+        self._give_back(connection)
+        return answer
+
+    def _take(self) -> Any:
+        """A connection for the caller alone."""
+        if self._pid != os.getpid():
+            self._idle, self._pid = [], os.getpid()  # after a fork those are the parent's
+        try:
+            return self._idle.pop()
+        except IndexError:
+            connection = self._new_connection()
+            self._connections.add(connection)
+            return connection
+
+    def _give_back(self, connection: Any) -> None:
+        if len(self._idle) < MOST_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.disconnect()
+
+    def _drop_idle(self) -> None:
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread has taken it
+                self._idle.pop().disconnect()
 
     def _check_version(self, connection: Any) -> None:
         connection.send_command("HELLO", 2)
@@ -178,6 +206,7 @@ class Connector:
     def close(self) -> None:
         """Closes the connections, and gives up the embedded server."""
         with self._lock:
+            self._idle.clear()
             for connection in list(self._connections):
                 connection.disconnect()
             if self._client is not None:

@@ -12,7 +12,7 @@ from typing import Any, assert_type
 import dramatiq
 
 import mlqueue
-from mlqueue import CurrentJob, Job, JobEvent, JobFailed, JobRecord, Result, State
+from mlqueue import CurrentJob, DeadLetter, DeadPage, Job, JobEvent, JobFailed, JobRecord, Result, State
 from mlqueue.testing import drain, eager, isolated, temporary_app
 
 mlq = mlqueue.MLQ("vision")
@@ -69,6 +69,33 @@ assert_type(later.submit_many([(0.1, 2)]), list[Job[str]])
 # By name nothing is known of arguments and results.
 assert_type(mlq.submit("elsewhere", 1, 2, x=3), Job[Any])
 assert_type(mlq.job("id"), Job[Any])
+
+
+# Filters of dead letters are known by their names.
+assert_type(mlq.dead_letters.list(actor="train", older_than=datetime.timedelta(days=7), limit=10), DeadPage)
+assert_type(list(mlq.dead_letters), list[JobRecord])
+assert_type(mlq.dead_letters.show("id"), DeadLetter)
+assert_type(mlq.dead_letters.requeue_all(reason="failed", text="CUDA"), list[str])
+mlq.dead_letters.purge_all(older="7d")  # type: ignore[call-arg]
+mlq.dead_letters.count(older_than="7d")  # type: ignore[arg-type]
+
+# Data are texts or bytes, and come back as bytes.
+assert_type(mlq.data.put("text", key="k", expiry=60), str)
+assert_type(mlq.data.get("k"), bytes | None)
+mlq.data.put({"a": 1})  # type: ignore[arg-type]
+assert_type(mlq.clear(["dead", State.SUCCEEDED], older_than=datetime.timedelta(days=1)), int)
+
+# MLQ's own calls.
+job_id = mlq.post({"a": 1}, "https://example.org/done", ["blur"], delay=3, priority=-1, tags=["night"])
+assert_type(job_id, str)
+mlq.post("x", functions=[print])  # type: ignore[list-item]
+assert_type(mlq.get_job(job_id), dict[str, Any])
+assert_type(mlq.get_progress(job_id), str)
+assert_type(mlq.job_count(), int)
+assert_type(mlq.create_listener(lambda msg, utils: 1, threads=2), bool)
+assert_type(mlq.remove_listener("blur"), bool)
+assert_type(mlq.join(timeout=datetime.timedelta(seconds=1)), bool)
+mlq.create_reaper(job_timeout=datetime.timedelta(minutes=5), max_retries=5).stop()
 
 
 def look(job: Job[str]) -> None:

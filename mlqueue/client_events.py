@@ -1,0 +1,180 @@
+"""Watching a job over HTTP, for `mlqueue.client`: by a stream of server-sent events, or by asking now and then.
+
+A stream may break: it is opened again behind the last event that was heard. It may also be refused (so many are open
+already; a server of threads has none), or held back by a proxy that gathers it: then the job is asked for instead.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from .client_http import BROKEN, Transport
+from .errors import JobNotFound, MLQueueError, RequestError, Unauthorized
+from .job import State
+
+__all__ = ["Watch", "messages", "number"]
+
+STREAM: Final = "text/event-stream"
+
+#: How long a stream may be silent, in seconds: the server lets it hear something more often.
+SILENCE: Final = 45.0
+
+#: How often a stream may break, one time after the other and with nothing heard, until the job is asked for instead.
+FAILURES: Final = 2
+
+#: The events that tell how the job stands.
+TOLD: Final = ("snapshot", "state", "progress")
+
+#: How long one request waits for a change, in seconds.
+WAIT: Final = 25.0
+
+#: Pauses between two looks where the server does not wait, in seconds: the first, and the longest. They grow while
+#: nothing changes.
+FIRST_LOOK: Final = 0.2
+LONGEST_LOOK: Final = 2.0
+
+#: The longest line of a stream, in characters.
+LONGEST_LINE: Final = 2**20
+
+
+class Look(NamedTuple):
+    """How a job stood at a moment."""
+
+    state: State
+    attempt: int
+    progress: Any
+    progress_note: str | None
+
+
+class Message(NamedTuple):
+    """A server-sent event."""
+
+    #: Its name: ``state``, ``progress`` ...
+    event: str
+    data: str
+    #: What to ask for the following ones with; empty when it has none.
+    id: str
+
+
+class Watch:
+    """How a job stands, each time that it changes: from now to its end, or to `deadline` (monotonic)."""
+
+    def __init__(self, http: Transport, path: str, deadline: float | None) -> None:
+        self._http = http
+        self._path = path
+        self._deadline = deadline
+        self._last_id = ""
+
+    def __iter__(self) -> Iterator[Look]:
+        failures = 0
+        while failures < FAILURES and not self._is_over():
+            failures += 1
+            try:
+                for look in self._listen():
+                    failures = 0
+                    yield look
+                    if look.state.ended:
+                        return
+            except _NoStream:
+                break
+        yield from self._ask()
+
+    def _is_over(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _left(self, most: float) -> float:
+        return most if self._deadline is None else max(0.01, min(most, self._deadline - time.monotonic()))
+
+    def _listen(self) -> Iterator[Look]:
+        """What a stream tells, until it ends. Raises `_NoStream` when there is none."""
+        headers = {"Last-Event-ID": self._last_id} if self._last_id else {}
+        try:
+            response = self._http.request(
+                "GET",
+                f"{self._path}/events",
+                accept=STREAM,
+                headers=headers,
+                patience=0.0,
+                read=self._left(SILENCE),
+                stream=True,
+            )
+        except (JobNotFound, Unauthorized):
+            raise
+        except MLQueueError as error:
+            raise _NoStream from error
+        try:
+            if not response.headers.get("Content-Type", "").startswith(STREAM):
+                raise _NoStream
+            for message in messages(iter(lambda: response.read1(65_536), b"")):
+                self._last_id = message.id or self._last_id
+                if message.event in TOLD:
+                    yield _look_of(json.loads(message.data))
+                if self._is_over():
+                    return
+        except (*BROKEN, ValueError, KeyError):
+            return  # it is opened again
+        finally:
+            response.close()
+
+    def _ask(self) -> Iterator[Look]:
+        """What the record tells, asked for again and again."""
+        pause, etag = FIRST_LOOK, ""
+        while True:
+            wait = int(self._left(WAIT)) if etag else 0
+            headers = {"Prefer": f"wait={wait}", "If-None-Match": etag} if wait else {}
+            response = self._http.request("GET", self._path, headers=headers, read=wait + self._http.timeout)
+            if response.status != 304:
+                pause, etag = FIRST_LOOK, response.headers.get("ETag", "")
+                look = _look_of(json.loads(response.data))
+                yield look
+                if look.state.ended:
+                    return
+            if self._is_over():
+                return
+            if (wait and "Preference-Applied" not in response.headers) or not etag:
+                # So many wait already that the server answers at once.
+                time.sleep(self._left(pause))
+                pause = min(1.3 * pause, LONGEST_LOOK)
+
+
+class _NoStream(Exception):
+    """The server has no stream for us."""
+
+
+def messages(parts: Iterator[bytes]) -> Iterator[Message]:
+    """The events of a stream, as they come in (HTML Living Standard, 9.2.6)."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    pending = ""
+    event, data, last_id = "", [], ""
+    for part in parts:
+        # A line may end in CR, LF or both; ours never end in CR alone.
+        *lines, pending = (pending + decode(part)).split("\n")
+        if len(pending) > LONGEST_LINE:
+            raise RequestError("a line of the stream of events has no end; is there a server of mlqueue at this url?")
+        for line in lines:
+            name, _, value = line.rstrip("\r").partition(":")
+            value = value.removeprefix(" ")
+            if name == "event":
+                event = value
+            elif name == "data":
+                data.append(value)
+            elif name == "id":
+                last_id = value
+            elif not line.rstrip("\r"):
+                if data:
+                    yield Message(event or "message", "\n".join(data), last_id)
+                event, data = "", []
+
+
+def _look_of(told: dict[str, Any]) -> Look:
+    """How the job stands, as an event or its record tells it."""
+    return Look(State(told["state"]), told["attempt"], number(told["progress"]), told["progress_note"])
+
+
+def number(value: Any) -> Any:
+    """A value of JSON that may be a number for which that has no form (see `mlqueue.values`)."""
+    return float(value["$float"]) if isinstance(value, dict) and value.keys() == {"$float"} else value
