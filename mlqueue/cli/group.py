@@ -43,12 +43,12 @@ COMMANDS: Final[dict[str, Entry]] = {
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
     "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),
     "clear": Entry("clear", "Forget jobs that do not run."),
+    "key": Entry("key", "API keys of the HTTP interface: make, list and revoke them."),
     "worker": Entry("worker", "Run worker processes."),
     "reaper": Entry("reaper", "Give back jobs that run too long."),
     "web": Entry("web", "Serve the HTTP interface."),
     "up": Entry("up", "Run workers, the HTTP interface and the embedded server in one terminal."),
     "server": Entry("server", "Run the embedded server of this folder."),
-    "key": Entry("key", "API keys of the HTTP interface: make, list and revoke them."),
     "datasets": Entry("mlqueue.batch.cli", "Data sets: list, fetch, locate and remove them."),
     "settings": Entry("settings", "Show all settings and where each is from."),
 }

@@ -67,10 +67,10 @@ def up(
     threads: str | None,
     job_timeout: float | None,
 ) -> int:
-    """Run everything in one terminal: workers for the actors of these modules, the HTTP interface, the embedded server.
+    """Run workers, the HTTP interface and the embedded server in one terminal.
 
-    Without a MODULE it runs the lines of the Procfile in this folder. What crashes is started again. SIGTERM or Ctrl-C
-    stops all of it, in order; a second one at once.
+    The workers are for the actors of these modules. Without a MODULE it runs the lines of the Procfile in this folder.
+    What crashes is started again. SIGTERM or Ctrl-C stops all of it, in order; a second one at once.
     """
     settings = call.settings_under({"processes": processes, "threads": threads})
     if not modules:

@@ -70,10 +70,14 @@ function draw(record) {
   const [epoch, epochs, accuracy] = found.slice(1).map(Number);
   points = [...points.filter((point) => point.epoch < epoch), { epoch, accuracy }];
   const x = (point) => (300 * point.epoch) / epochs;
-  const y = (point) => 118 - 116 * point.accuracy;
+  const y = (point) => 118 - 232 * Math.max(point.accuracy - 0.5, 0);
   byId("curve").toggleAttribute("hidden", points.length < 2);
   byId("line").setAttribute("points", points.map((point) => `${x(point)},${y(point)}`).join(" "));
 }
 
-window.addEventListener("hashchange", open);
+window.addEventListener("hashchange", () => {
+  open();
+  // On a narrow screen it is below.
+  byId("run").scrollIntoView({ block: "nearest" });
+});
 open();
