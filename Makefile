@@ -11,8 +11,11 @@ READY := $(VENV)/ready
 demo: $(READY)
 	"$(BIN)/python" -m tasks.demo
 
+# Options for pytest: make test TESTS="tests/test_store.py -x".
+TESTS ?=
+
 test: $(READY)
-	"$(BIN)/python" -m pytest -q
+	"$(BIN)/python" -m pytest -q $(TESTS)
 
 faults: $(READY)
 	"$(BIN)/python" -m pytest -q -s -m "faults and not faults_long"

@@ -149,13 +149,27 @@ class Hub:
         when the listener is cut off. Raises `StoreUnavailable`."""
         listener = Listener(self, job_id, wanted or Filter(), on_cut)
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._position = self._store.listen(HOLDS, KEEPS)
+            self._of_all.add(listener) if job_id is None else self._of_job.setdefault(job_id, set()).add(listener)
+        try:
+            if not self._runs():
+                # Not under the lock: nobody else has to wait for a store that does not answer.
+                self._start(self._store.listen(HOLDS, KEEPS))
+        except BaseException:
+            self.forget(listener)
+            raise
+        listener.position = self._position
+        return listener
+
+    def _runs(self) -> bool:
+        with self._lock:
+            return self._thread is not None and self._thread.is_alive()
+
+    def _start(self, newest: str) -> None:
+        with self._lock:
+            if not self._runs():
+                self._position = newest
                 self._thread = threading.Thread(target=self._run, name="mlqueue-events", daemon=True)
                 self._thread.start()
-            listener.position = self._position
-            self._of_all.add(listener) if job_id is None else self._of_job.setdefault(job_id, set()).add(listener)
-        return listener
 
     def forget(self, listener: Listener) -> None:
         """Hands nothing more to a listener."""

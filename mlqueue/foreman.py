@@ -117,6 +117,7 @@ class Foreman:
         self._coloured = coloured
         self._width = max((len(line.name) for line in lines), default=0)
         self._stopping_since: float | None = None
+        self._hurried = False
         self._exit_code = 0
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
@@ -254,7 +255,10 @@ class Foreman:
         _signal_group(place.process, signal.SIGTERM)
 
     def _hurry(self) -> None:
-        """Everything ends at once."""
+        """Everything ends at once. Whoever insists does not put that off."""
+        if self._hurried:
+            return
+        self._hurried = True
         self._exit_code = EXIT_INTERRUPTED
         for place in self._running():
             if not place.told:
@@ -285,6 +289,9 @@ class Foreman:
             yield
         finally:
             for number, handler in previous.items():
+                if self._hurried and number in SIGNALS:
+                    # Everything has ended. Whoever insists still is not to change how this ends.
+                    handler = signal.SIG_IGN
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             os.close(self._wake_read)
             os.close(self._wake_write)

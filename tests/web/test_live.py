@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dramatiq
@@ -19,7 +22,7 @@ from hosting import PREFIX, gunicorn, gunicorn_process, mounted, waitress_proces
 from support import StartWorker, eventually
 from werkzeug.serving import make_server
 
-from mlqueue import MLQ, Job, StoreUnavailable, codec, current_job, events
+from mlqueue import MLQ, Job, StoreUnavailable, TooManyStreams, codec, current_job, events
 from mlqueue.events import hub_of
 from mlqueue.job import NewJob, new_id
 from mlqueue.web.mount import EXTENSION
@@ -356,6 +359,31 @@ def test_a_server_that_does_one_thing_at_a_time_has_no_streams(mlq: MLQ) -> None
     assert 503 == answer.status_code
     assert "one thing at a time" in answer.json["detail"]
     assert "mlqueue-events" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [({}, 0), ({"wsgi.multithread": True}, 2), ({"wsgi.multithread": True, "werkzeug.socket": None}, 100)],
+)
+def test_how_many_streams_there_may_be_follows_from_the_server(environ: dict[str, Any], expected: int) -> None:
+    streams = Streams(None)
+    admitted = [streams.admit(environ) for _ in range(expected)]
+    with pytest.raises(TooManyStreams):
+        streams.admit(environ)
+    assert expected == len(streams) == len(admitted)
+    del admitted
+    assert 0 == len(streams)
+
+
+def test_with_gevent_there_may_be_many_streams_but_never_more_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gevent.monkey", SimpleNamespace(is_module_patched=lambda name: True))
+    for files, expected in ((100_000, 800), (resource.RLIM_INFINITY, 800), (1000, 800), (500, 400)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, files=files: (files, files))
+        streams = Streams(None)
+        admitted = [streams.admit({}) for _ in range(expected)]
+        with pytest.raises(TooManyStreams):
+            streams.admit({})
+        assert expected == len(admitted)
 
 
 def test_an_answer_that_nobody_reads_leaves_no_stream(mlq: MLQ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from hosting import PREFIX, mounted
+from hosting import PREFIX, ROOT, mounted
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from receivers import receiver
@@ -218,6 +218,26 @@ def test_the_bounds_of_buckets_are_the_same_in_lua_and_in_python() -> None:
     found = re.search(r"bounds = bounds or \{([\d, \n]+), math.huge \}", text)
     assert found is not None
     assert [int(1000 * bound) for bound in BOUNDS] == [int(number) for number in found[1].split(",")]
+
+
+def test_every_metric_stands_in_the_how_to_with_kind_and_labels(mlq: MLQ, client: FlaskClient, hand: Hand) -> None:
+    mlq.client.hset(
+        f"{mlq.store.root}:m",
+        mapping={"e:a:s": 1, "y:a": 1, "x:a": 1, "z:a": 1, "o:a": 1, "c:d": 1, "w:a:10": 1, "r:a:inf": 1},
+    )
+    hand.submit()
+    found = {
+        sample.name.removesuffix("_bucket"): (family.type, set(sample.labels) - {"le"})
+        for family in families(client).values()
+        for sample in family.samples
+        if not (family.type == "histogram" and sample.name.endswith(("_sum", "_count")))
+    }
+    told = {}
+    for line in (ROOT / "docs/howto/metrics.md").read_text().splitlines():
+        match = re.match(r"\| `(mlqueue_\w+)` \| (\w+) \|([^|]*)\|", line)
+        if match:
+            told[match[1]] = (match[2], set(re.findall(r"`(\w+)`", match[3])))
+    assert found == told
 
 
 # Bounds and costs
