@@ -183,13 +183,18 @@ class _Service:
         #: How long the job in hand may still take, in ms. A simple queue, since a signal's handler puts into it.
         self._orders: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._stopping = self._again = self._signalled = False
+        #: What came of starting the worker: None when it runs, else the error.
+        self._started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._worker = self._make()
         self._thread = threading.Thread(target=self._run, name="mlqueue-listener", daemon=True)
 
     def start(self) -> None:
-        self._worker.start()
-        self._thread.start()
+        # Before the worker takes a job: from then on a signal must find the handler. One that comes now is raised here,
+        # in the main program, so the worker is started in the other thread, which that does not cut off half-way.
         outliving.stay(self)
+        self._thread.start()
+        if (error := self._started.get()) is not None:
+            raise error
 
     # These two are called under the lock.
 
@@ -222,6 +227,13 @@ class _Service:
         return dramatiq.Worker(self._broker, worker_threads=self._threads)
 
     def _run(self) -> None:
+        try:
+            self._worker.start()
+        except Exception as error:  # noqa: BLE001 - raised where it was started
+            self._end()
+            self._started.put(error)
+            return
+        self._started.put(None)
         try:
             while True:
                 self._stop_worker(self._orders.get())

@@ -157,6 +157,15 @@ def _outlast() -> None:
 
 
 def _after_main(forbids: str) -> None:
+    global _waiting
+    _waiting += 1  # first of all: there is no main program any more that a signal could end
+    try:
+        _outlive(forbids)
+    finally:
+        _waiting -= 1
+
+
+def _outlive(forbids: str) -> None:
     last = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     if isinstance(last, KeyboardInterrupt) and not _is_interactive():
         for resident in _residents:

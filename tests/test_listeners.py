@@ -823,10 +823,28 @@ def test_shutdown_ends_a_process_whose_main_program_has_ended(site: Site, start:
 
 
 def test_a_main_program_that_fails_keeps_its_exit_code(site: Site, start: Callable[..., Program]) -> None:
-    program = start("LISTEN\nraise SystemExit(3)")
+    # What is registered later runs earlier: before the main thread is held.
+    program = start("""
+        import threading
+        LISTEN
+        threading._register_atexit(lambda: print("main has ended"))
+        raise SystemExit(3)
+    """)
+    program.says("main has ended")
     assert run(site.mlq, 0) == "slept"
     program.send(signal.SIGTERM)
     assert program.ends() == 3, program.log()
+
+
+def test_a_signal_right_after_the_first_job_ends_it_well(site: Site, start: Callable[..., Program]) -> None:
+    """The main program may still be starting the listener then: the handler is there before the worker is."""
+    job = site.mlq.job(site.mlq.post(0))
+    for _ in range(5):
+        program = start("LISTEN\nmlq.join()")
+        assert job.result(timeout=15) == "slept"
+        program.send(signal.SIGTERM)
+        assert program.ends() == 0, program.log()
+        job = site.mlq.job(site.mlq.post(0))
 
 
 def test_handlers_of_the_users_stay(site: Site, start: Callable[..., Program]) -> None:
