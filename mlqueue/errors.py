@@ -25,6 +25,8 @@
     │   └── RangeNotSatisfiable  it asks for a part of a result that is not there
     ├── Unauthorized             an HTTP request without a valid key or login
     ├── Forbidden                an HTTP request whose key or login does not reach so far
+    ├── SigningKeyMissing        code was to be sent or loaded, and no signing key is set
+    ├── SignatureInvalid         what was sent is not signed by a key that is set here
     ├── TooManyStreams           an HTTP server that has no room for another stream
     ├── StoreError               the store refused a command
     │   ├── StoreUnavailable     the store cannot be reached
@@ -64,6 +66,8 @@ __all__ = [
     "ResultMissing",
     "ResultTimeout",
     "SettingsError",
+    "SignatureInvalid",
+    "SigningKeyMissing",
     "StaleAttempt",
     "StoreError",
     "StoreFull",
@@ -271,6 +275,19 @@ class Unauthorized(MLQueueError):
     """This request has no valid key or login."""
 
     status = 401
+
+
+class SigningKeyMissing(MLQueueError):
+    """No signing key is set."""
+
+    status = 403
+    exit_code = 2
+
+
+class SignatureInvalid(MLQueueError):
+    """What was sent is not signed by a key that is set here."""
+
+    status = 403
 
 
 class Forbidden(MLQueueError):

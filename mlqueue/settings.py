@@ -33,6 +33,9 @@ PREFIX = "MLQUEUE_"
 #: The schemes that a store's URL may have.
 SCHEMES = ("redis", "rediss", "unix")
 
+#: Characters that a key must have at least.
+SHORTEST_KEY = 16
+
 #: Texts for "no value".
 NONE_TEXTS = ("none", "never")
 
@@ -90,6 +93,18 @@ class _Addresses(_Text):
         except ValueError as error:
             raise _Invalid(str(error)) from None
         return text
+
+
+class _Keys(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        short = [key for key in _keys_of(text) if len(key) < SHORTEST_KEY]
+        if short or not _keys_of(text):
+            raise _Invalid(f"no key; allowed are secrets of {SHORTEST_KEY} characters or more, parted by commas")
+        return text
+
+    def show(self, value: Any) -> str:
+        return ",".join("***" for _ in _keys_of(value))
 
 
 class _Namespace(_Text):
@@ -235,6 +250,10 @@ def _with_unit(text: str, units: Mapping[str, float]) -> float | None:
     return float(match[1]) / 1000 if match[2] == "ms" else float(match[1]) * units[match[2]]
 
 
+def _keys_of(text: str) -> tuple[str, ...]:
+    return tuple(key for key in (part.strip() for part in text.split(",")) if key)
+
+
 def _masked(url: str) -> str:
     """The URL with *** for passwords, in whatever state it is."""
     url = re.sub(r"(?i)([?&][^=&#]*password=)[^&#]*", r"\1***", url)
@@ -377,6 +396,15 @@ class Settings:
         default=10.0,
         metadata=_about("How long one try to deliver a callback may take, all in all.", _Duration(0.1, 10 * _MINUTE)),
     )
+    signing_key: str | None = field(
+        default=None,
+        metadata=_about(
+            "The secret that posted functions and pickled sources are signed with, the same for senders and workers; "
+            "parted by commas several, of which the first signs.",
+            _Keys(),
+            none="code that is sent is refused",
+        ),
+    )
     max_crashes: int = field(
         default=3,
         metadata=_about("How often a job may bring down the process it runs in until it is dead.", _Count(1, 10**6)),
@@ -474,6 +502,11 @@ class Settings:
     def masked_url(self) -> str | None:
         """The URL to show: without its password. None for the embedded server."""
         return None if self.url is None else _masked(self.url)
+
+    @property
+    def signing_keys(self) -> tuple[str, ...]:
+        """The keys of `signing_key`, newest first; none when it is not set."""
+        return () if self.signing_key is None else _keys_of(self.signing_key)
 
     def describe(self) -> list[Described]:
         """Every setting with its variable, value, source and documentation. No password shows."""
