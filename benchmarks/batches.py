@@ -12,6 +12,13 @@ does meets all of them. A competitor that is not installed is left out. "x" colu
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# Run as a script, this file's folder comes first: it would hide the standard library's `queue` behind a file of ours.
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path or ".").resolve() != HERE)]
+
 import argparse
 import contextlib
 import json
@@ -19,11 +26,9 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,16 +135,18 @@ def memory(options: argparse.Namespace) -> None:
     for shuffled in (True, False):
         for batch_size in BATCH_SIZES:
 
-            def epoch(ds: Any, batch_size: int = batch_size, shuffled: bool = shuffled) -> Rate:
+            def epoch(ds: Any, batch_size: int = batch_size, shuffled: bool = shuffled, **kwargs: bool) -> Rate:
                 shuffle = (lambda: np.random.RandomState(1)) if shuffled else lambda: None
-                return lambda: rate(ds.batch_iterator(batch_size, shuffle=shuffle()))
+                return lambda: rate(ds.batch_iterator(batch_size, shuffle=shuffle(), **kwargs))
 
-            competitors = {"mlqueue": epoch(ours), "bare numpy": bare_loop(arrays, batch_size, shuffled)}
+            competitors = {"mlqueue": epoch(ours), "copy=False": epoch(ours, copy=False)}
+            competitors["bare numpy"] = bare_loop(arrays, batch_size, shuffled)
             if theirs is not None:
                 competitors["BatchUp"] = epoch(theirs)
             found = compare(competitors, options.rounds * 3)
             row: dict[str, Any] = {"order": "shuffled" if shuffled else "in order", "batch": batch_size, **found}
             row["x bare numpy"] = found["mlqueue"] / found["bare numpy"]
+            row["copy=False x bare numpy"] = found["copy=False"] / found["bare numpy"]
             if theirs is not None:
                 row["x BatchUp"] = found["mlqueue"] / found["BatchUp"]
             rows.append(row)

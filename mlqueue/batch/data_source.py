@@ -39,7 +39,7 @@ from mlqueue.batch.iterators import (
 from mlqueue.batch.iterators import state_of as state_of
 from mlqueue.batch.order import Shuffle, StreamShuffle, as_shuffle, check_batch_size, member_seed
 from mlqueue.batch.reduction import batch_map_concat, batch_map_mean
-from mlqueue.batch.rows import as_rows, is_array_like, reader, rows_into
+from mlqueue.batch.rows import as_rows, is_array_like, lender, reader, rows_into
 from mlqueue.batch.sampling import (
     AbstractSampler,
     IndexIterator,
@@ -258,9 +258,13 @@ class RandomAccessDataSource(AbstractDataSource):
         return FullBatches(indices, batch_size) if drop_last else indices
 
     def batch_iterator(  # type: ignore[override]
-        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False
+        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False, copy: bool = True
     ) -> BatchIterator:
-        """An iterator over mini-batches; the arguments are those of :meth:`batch_indices_iterator`."""
+        """An iterator over mini-batches; the arguments are those of :meth:`batch_indices_iterator`.
+
+        ``copy=False`` says that each batch is only read, and before the next one is asked for; a source that can save
+        work then does.
+        """
         indices = self.batch_indices_iterator(batch_size, shuffle, epoch=epoch, drop_last=drop_last)
         return GatherIterator(indices, self.samples_by_indices_nomapping)
 
@@ -354,12 +358,16 @@ class ArrayDataSource(RandomAccessDataSource):
         return self._as_batch(parts)
 
     def batch_iterator(  # type: ignore[override]
-        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False
+        self, batch_size: int, shuffle: Any = None, *, epoch: int = 0, drop_last: bool = False, copy: bool = True
     ) -> BatchIterator:
-        """An iterator over mini-batches; the arguments are those of :meth:`batch_indices_iterator`."""
+        """An iterator over mini-batches; the arguments are those of :meth:`batch_indices_iterator`.
+
+        ``copy=False`` gives arrays that cannot be written and are valid until the next batch: of arrays in memory,
+        views where they are read in order, and one piece of memory used over and over where they are shuffled.
+        """
         indices = self.batch_indices_iterator(batch_size, shuffle, epoch=epoch, drop_last=drop_last)
         if isinstance(indices, IndexIterator) and self._names is None and not self.include_indices and self._is_plain():
-            return ArrayIterator(indices, self._readers)
+            return ArrayIterator(indices, self._readers if copy else [lender(array) for array in self._arrays])
         return GatherIterator(indices, self.samples_by_indices_nomapping)
 
     def _is_plain(self) -> bool:
@@ -715,6 +723,7 @@ class StageDataSource(AbstractDataSource):
         return self.source.num_samples(**kwargs) if self.counted else None
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        kwargs.pop("copy", None)  # a stage may hold several batches of the source at a time
         return self.stage(self.source, check_batch_size(batch_size), kwargs)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> StageDataSource:

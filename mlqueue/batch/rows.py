@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["HDF5Rows", "as_rows", "is_array_like", "reader"]
+__all__ = ["HDF5Rows", "as_rows", "is_array_like", "lender", "reader"]
 
 #: Only one thread at a time may be inside the HDF5 library as PyTables uses it.
 HDF5_LOCK = threading.RLock()
@@ -58,6 +58,30 @@ def reader(x: Any) -> Reader:
     if isinstance(x, list | tuple):
         return _sequence_reader(x)
     return lambda span: _own(x, x[span])
+
+
+def lender(x: Any) -> Reader:
+    """Like :func:`reader`, for one who is done with the rows of one call before the next: they may not be written into,
+    are views of x where they are in order, and lie in the same memory every time where they are not."""
+    plain = x.view(np.ndarray) if isinstance(x, np.memmap) else x
+    if not (type(plain) is np.ndarray and plain.ndim and plain.flags.c_contiguous) or plain.dtype.hasobject:
+        return reader(x)
+    array = plain.view()
+    array.flags.writeable = False
+    slot = np.empty((0, *array.shape[1:]), array.dtype)
+
+    def lend(span: Any) -> Any:
+        nonlocal slot
+        if type(span) is not np.ndarray:
+            return array[span]
+        if len(span) > len(slot):
+            slot = np.empty((len(span), *array.shape[1:]), array.dtype)
+        rows = rows_into(array, array.take, span, lambda shape, dtype: slot[: shape[0]])
+        lent: np.ndarray = rows.view()
+        lent.flags.writeable = False
+        return lent
+
+    return lend
 
 
 def from_dlpack(x: Any) -> Any:

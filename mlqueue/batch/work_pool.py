@@ -225,10 +225,11 @@ class ParallelDataSource(AbstractDataSource):
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> ParallelIterator:
         """An iterator over the batches that ``ds.batch_iterator(batch_size, **kwargs)`` would give.
 
-        The first batches are being prepared when this returns.
+        The first batches are being prepared when this returns. ``copy`` goes before that of this source.
         """
+        how: Literal["lend", "view"] = "lend" if kwargs.pop("copy", self.copy) else "view"
         self._shared = self.pool._crew.share(self.ds, self._shared)
-        return ParallelIterator(self, batch_size, kwargs)
+        return ParallelIterator(self, batch_size, kwargs, how)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ParallelDataSource:
         """One part of every epoch, prepared by the same pool; see ``RandomAccessDataSource.shard``."""
@@ -243,8 +244,10 @@ class ParallelIterator(BatchIterator):
     one batch, ``next`` goes on with the batch after it. Closed or dropped, its work ends.
     """
 
-    def __init__(self, source: ParallelDataSource, batch_size: int, kwargs: dict[str, Any]) -> None:
-        self._source, self._batch_size, self._kwargs = source, batch_size, kwargs
+    def __init__(
+        self, source: ParallelDataSource, batch_size: int, kwargs: dict[str, Any], how: Literal["lend", "view"]
+    ) -> None:
+        self._source, self._batch_size, self._kwargs, self._how = source, batch_size, kwargs, how
         self._shared = source._shared
         self._shuffle = as_shuffle(kwargs.get("shuffle"))
         self._stream = noise_entropy(self._shuffle), int(kwargs.get("epoch", 0))
@@ -260,11 +263,10 @@ class ParallelIterator(BatchIterator):
         self._parts: deque[Any] = deque()  # batches of a group that are to be given
         self._sizes: deque[list[int]] = deque()  # of the groups under way: the numbers of samples
         self._anchors: deque[tuple[int, Any]] = deque()  # number of a batch, state of the indices before it
-        how: Literal["lend", "view"] = "lend" if self._source.copy else "view"
         crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
         self._empty = crew.empty
         self._group = group_size(self._source.ds, self._batch_size, ahead // (2 * crew.workers))
-        self._window = Window(crew, self._calls(), ahead // self._group, how)
+        self._window = Window(crew, self._calls(), ahead // self._group, self._how)
 
     def _calls(self) -> Iterator[BatchCall]:
         failure: BaseException | None = None

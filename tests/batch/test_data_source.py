@@ -369,6 +369,30 @@ def test_coerce_data_source():
 # -- composites, choices, maps ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shuffle", [None, 7])
+def test_batches_that_are_only_read_need_no_copy(shuffle):
+    x, y = np.arange(60).reshape(20, 3), np.arange(20)
+    ds = data_source.ArrayDataSource([x, y], repeats=2)
+    copies = [[part.copy() for part in batch] for batch in ds.batch_iterator(6, shuffle=shuffle)]
+    places, lent = set(), []
+    for batch in ds.batch_iterator(6, shuffle=shuffle, copy=False):
+        assert not any(part.flags.writeable for part in batch)
+        places.add(batch[0].__array_interface__["data"][0])
+        lent.append([part.copy() for part in batch])
+        if shuffle is None and len(lent) == 1:
+            assert np.shares_memory(batch[0], x)
+    assert tree(lent) == tree(copies)
+    assert shuffle is None or len(places) == 1
+
+
+def test_stages_that_hold_several_batches_are_given_copies():
+    ds = data_source.ArrayDataSource([np.arange(24)])
+    batches = [batch for (batch,) in ds.prefetch(3).batch_iterator(4, shuffle=1, copy=False)]
+    assert sorted(np.concatenate(batches)) == list(range(24))
+    mapped = ds.map(lambda x: (x + 1,)).batch_iterator(4, shuffle=1, copy=False)
+    assert sorted(np.concatenate([batch for (batch,) in mapped])) == list(range(1, 25))
+
+
 def test_a_composite_goes_in_step_and_trims_to_the_shortest():
     short, long = source(5), source(9, start=50, repeats=-1)
     batches = list(CompositeDataSource([short, long]).batch_iterator(3))
