@@ -11,11 +11,12 @@ READY := $(VENV)/ready
 demo: $(READY)
 	"$(BIN)/python" -m tasks.demo
 
-# Options for pytest: make test TESTS="tests/test_store.py -x".
+# Options for pytest: make test TESTS="tests/test_store.py -x". Two processes run them, since most tests wait for something.
 TESTS ?=
+TEST_PROCESSES ?= 2
 
 test: $(READY)
-	"$(BIN)/python" -m pytest -q $(TESTS)
+	"$(BIN)/python" -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(TESTS)
 
 faults: $(READY)
 	"$(BIN)/python" -m pytest -q -s -m "faults and not faults_long"

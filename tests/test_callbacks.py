@@ -245,7 +245,6 @@ def test_a_request_says_who_asks_and_for_whom_and_nothing_of_the_environment(
         ((hangs_up, hangs_up_in_the_head, speaks_something_else), [None, None, None], "failed"),
         ((hangs_up, 200), [None, 200], "delivered"),
     ],
-    ids=str,
 )
 def test_tries_go_on_after_what_may_pass_and_end_after_what_will_not(
     mlq: MLQ, start_worker: StartWorker, answers: tuple[Answer, ...], statuses: list[int | None], state: str

@@ -16,7 +16,7 @@ import tables
 def idx(array: np.ndarray) -> bytes:
     """A gzip-compressed IDX file of bytes."""
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-    return gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=1)
+    return gzip.compress(header + array.astype(np.uint8).tobytes(), compresslevel=1, mtime=0)
 
 
 def tar(members: dict[str, bytes], extra: list[tuple[tarfile.TarInfo, bytes]] | None = None) -> bytes:

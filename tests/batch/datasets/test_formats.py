@@ -45,11 +45,11 @@ class TestIdx:
             (b"", "cut or damaged"),
             (b"<html>not found</html>", "cut or damaged"),
             (published.idx(np.arange(7)), "no IDX file of bytes with 3 dimensions"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES[:4].tobytes()), "does not hold"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES.tobytes() + b"x"), "does not hold"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3)), "too large"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 0, 28, 28)), "empty"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 13, 3, 5, 28, 28) + bytes(99)), "no IDX file of bytes"),
+            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES[:4].tobytes(), mtime=0), "does not hold"),
+            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES.tobytes() + b"x", mtime=0), "does not hold"),
+            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), mtime=0), "too large"),
+            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 0, 28, 28), mtime=0), "empty"),
+            (gzip.compress(struct.pack(">HBB3I", 0, 13, 3, 5, 28, 28) + bytes(99), mtime=0), "no IDX file of bytes"),
         ],
     )
     def test_anything_else_is_an_error(self, file: Path, content: bytes, message: str) -> None:
