@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from mlqueue.batch.datasets.dataset import BadSourceFile
 
 RNG = np.random.default_rng(2)
 IMAGES = RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8)
+#: Without the time, which would be part of the names of tests.
+packed = partial(gzip.compress, mtime=0)
 CIFAR = {"data": RNG.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [3, 0, 9], "batch_label": ["a", "b"]}
 
 
@@ -45,11 +48,11 @@ class TestIdx:
             (b"", "cut or damaged"),
             (b"<html>not found</html>", "cut or damaged"),
             (published.idx(np.arange(7)), "no IDX file of bytes with 3 dimensions"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES[:4].tobytes(), mtime=0), "does not hold"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES.tobytes() + b"x", mtime=0), "does not hold"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), mtime=0), "too large"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 0, 28, 28), mtime=0), "empty"),
-            (gzip.compress(struct.pack(">HBB3I", 0, 13, 3, 5, 28, 28) + bytes(99), mtime=0), "no IDX file of bytes"),
+            (packed(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES[:4].tobytes()), "does not hold"),
+            (packed(struct.pack(">HBB3I", 0, 8, 3, 5, 28, 28) + IMAGES.tobytes() + b"x"), "does not hold"),
+            (packed(struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3)), "too large"),
+            (packed(struct.pack(">HBB3I", 0, 8, 3, 0, 28, 28)), "empty"),
+            (packed(struct.pack(">HBB3I", 0, 13, 3, 5, 28, 28) + bytes(99)), "no IDX file of bytes"),
         ],
     )
     def test_anything_else_is_an_error(self, file: Path, content: bytes, message: str) -> None:
