@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import dramatiq
@@ -23,6 +23,14 @@ PATIENCE = 5.0
 
 #: Threads that end by themselves when nobody has needed them for a while.
 LINGERING = ("mlqueue-time-limit",)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What was logged may hold a text that is no Unicode, and between the processes that run tests only Unicode goes."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session")
