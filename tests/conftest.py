@@ -27,7 +27,7 @@ LINGERING = ("mlqueue-time-limit",)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What was logged may hold a text that is no Unicode, and between the processes that run tests only Unicode goes."""
+    """What was logged may hold a text that is no Unicode, but only that goes between the processes."""
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
