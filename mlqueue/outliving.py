@@ -34,6 +34,10 @@ SIGNALS: Final[dict[signal.Signals, Any]] = {signal.SIGTERM: signal.SIG_DFL, sig
 #: A second signal within so many seconds is the first one's echo: a terminal and a process manager both send one.
 ECHO: Final = 0.25
 
+#: How often the main thread looks up while it waits, in seconds. A signal that comes in the moment before it sleeps does
+#: not wake it, and the handler runs in the main thread only.
+LOOK_INTERVAL: Final = 0.5
+
 #: Pools register their ends when they are imported. Those that came behind ours would be closed before it.
 POOLS: Final = ("concurrent.futures.thread", "concurrent.futures.process")
 
@@ -104,10 +108,11 @@ def wait(resident: Resident, timeout: float | None = None) -> bool:
             if _impatient:
                 resident.give_up()
                 continue
-            try:
-                _wakes.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+            left = LOOK_INTERVAL if deadline is None else min(LOOK_INTERVAL, deadline - time.monotonic())
+            if left < 0:
                 return resident.ended.is_set()
+            with contextlib.suppress(queue.Empty):
+                _wakes.get(timeout=left)
         return True
     finally:
         _waiting -= 1

@@ -57,7 +57,7 @@ class Folder:
         kept = {name: text for name, text in os.environ.items() if not name.startswith(("MLQUEUE_", "REDIS_URL"))}
         self.environ = kept | {
             "MLQUEUE_HOME": str(self.home),
-            "MLQUEUE_SERVER_GRACE": "2",
+            "MLQUEUE_SERVER_GRACE": "20",
             "PYTHONPATH": str(ROOT),
             "COLUMNS": "100",
             "TERM": "xterm",

@@ -241,7 +241,7 @@ def test_settings_are_printed_with_their_sources(folder: Folder) -> None:
     ran = folder("settings", "--url", "redis://:hidden@host/1")
     rows = [line.split("\t") for line in ran.text.splitlines()]
     assert ["MLQUEUE_URL", "redis://:***@host/1", "argument"] in rows
-    assert ["MLQUEUE_SERVER_GRACE", "2s", "MLQUEUE_SERVER_GRACE"] in rows
+    assert ["MLQUEUE_SERVER_GRACE", "20s", "MLQUEUE_SERVER_GRACE"] in rows
     assert ["MLQUEUE_LEASE", "30s", "default"] in rows
     found = {one["name"]: one for one in folder("settings", "--json").lines}
     assert found["threads"] == {

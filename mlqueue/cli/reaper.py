@@ -6,6 +6,7 @@ import contextlib
 import queue
 import signal
 from collections.abc import Iterator
+from typing import Final
 
 import click
 
@@ -14,6 +15,9 @@ from . import types
 from .call import Call, command
 from .opening import open_store
 from .text import duration
+
+#: How often it looks whether a signal has come, in seconds: one in the moment before the wait does not end that.
+LOOK_INTERVAL: Final = 0.5
 
 
 @command()
@@ -39,7 +43,7 @@ def reaper(call: Call, interval: float, timeout: float, retries: int) -> int:
                 f"{retries} times at most, until this ends."
             )
             try:
-                signals.get()
+                _first(signals)
             finally:
                 running.stop()
     return 0
@@ -59,6 +63,13 @@ def _signals() -> Iterator[queue.SimpleQueue[int]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def _first(signals: queue.SimpleQueue[int]) -> int:
+    """Waits for a signal."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return signals.get(timeout=LOOK_INTERVAL)
 
 
 __all__ = ["reaper"]
