@@ -34,8 +34,8 @@ SIGNALS: Final[dict[signal.Signals, Any]] = {signal.SIGTERM: signal.SIG_DFL, sig
 #: A second signal within so many seconds is the first one's echo: a terminal and a process manager both send one.
 ECHO: Final = 0.25
 
-#: How often the main thread looks up while it waits, in seconds. A signal that comes in the moment before it sleeps does
-#: not wake it, and the handler runs in the main thread only.
+#: How often the main thread looks up while it waits, in seconds. A signal that comes in the moment before it sleeps
+#: does not wake it, and the handler runs in the main thread only.
 LOOK_INTERVAL: Final = 0.5
 
 #: Pools register their ends when they are imported. Those that came behind ours would be closed before it.
