@@ -63,7 +63,7 @@ def test_a_job_that_runs_too_long_is_given_back_though_its_worker_lives(app: MLQ
     app.create_listener(listener)
     job_id = app.post("x")
     assert app.job(job_id).result(timeout=15) == 2
-    assert ended == [Cancelled]
+    assert eventually(lambda: ended) == [Cancelled]  # it may hear of it after the other one's end
     job = app.get_job(job_id)
     assert (job["retries"], job["progress"], job["result"]) == (1, 100, 2)
     record = app.job(job_id).record
@@ -71,7 +71,7 @@ def test_a_job_that_runs_too_long_is_given_back_though_its_worker_lives(app: MLQ
     first = record.attempts[0]
     assert first.error is not None
     assert "longer than its timeout of 0.3 s" in first.error.message
-    assert 0.3 <= first.ended_at - first.started_at < 2
+    assert 0.3 <= first.ended_at - first.started_at < 10
     reaper.stop()
 
 
