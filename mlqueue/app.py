@@ -16,6 +16,7 @@ from dramatiq import Message
 from dramatiq.middleware import Middleware
 
 from .broker import StoreBroker
+from .calls import call_actor
 from .data import Data
 from .dead_letters import DeadLetters
 from .errors import InvalidJob, SettingsError
@@ -285,6 +286,8 @@ class MLQ:
         self.broker = StoreBroker(self.store, settings, middleware=middleware)
         self._listeners = Listeners(self.broker, post=self.post, get_job=self.get_job)
         self._reapers: list[Reaper] = []
+        if settings.signing_keys:
+            call_actor(self.broker)
         # A guest: the host's own global broker stays.
         if dramatiq.broker.global_broker is None:
             dramatiq.set_broker(self.broker)
