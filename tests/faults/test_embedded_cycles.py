@@ -62,7 +62,9 @@ class Place:
 
     def __init__(self, folder: Path, durability: str) -> None:
         self.home = folder / "home"
-        settings = Settings.load({}, home=self.home, durability=durability, server_grace=2.0, lease=5.0, max_stalls=10**6)
+        settings = Settings.load(
+            {}, home=self.home, durability=durability, server_grace=2.0, lease=5.0, max_stalls=10**6
+        )
         self.fleet = Fleet(folder / "fleet", settings, actors=ACTORS)
         self.server = EmbeddedServer(self.home)
         self.worker: Worker | None = None
