@@ -30,8 +30,9 @@ from .store import Held
 #: within one process.
 MOST_BESIDE: Final = 512
 
-#: How many callbacks a worker delivers at a time.
-MOST_CALLBACKS: Final = 16
+#: How many callbacks a worker delivers at a time: to four receivers that hang, as many as one is given
+#: (`mlqueue.callbacks.MOST_OF_HOST`).
+MOST_CALLBACKS: Final = 32
 
 #: How often `Beside.join` looks, in seconds.
 JOIN_INTERVAL: Final = 0.02

@@ -40,7 +40,7 @@ from .schema import signature_of
 from .settings import Settings
 from .store import Settle, Store
 from .store.records import CALLBACK, CALLBACKS, quote
-from .store.store import common_of, encode_result
+from .store.store import SeenKey, Submitted, common_of, encode_result
 from .waiting import close_bell
 
 logger = logging.getLogger("mlqueue.broker")
@@ -184,21 +184,23 @@ class StoreBroker(Broker):
             self.emit_after("enqueue", message, delay)
 
     def enqueue_once(
-        self, messages: Sequence[tuple[Message[Any], int | None]], key: str, fingerprint: bytes, holds: float
-    ) -> tuple[list[str], bool]:
-        """Puts messages, each with its delay in milliseconds, into their queues, unless `key` came with this
-        `fingerprint` within the last `holds` seconds: the ids of the jobs, and whether they are new.
-
-        One script does both. Raises `KeyReused` when the key came with another fingerprint. Without a key (empty) they
-        are new.
-        """
+        self,
+        messages: Sequence[tuple[Message[Any], int | None]],
+        key: str,
+        fingerprint: bytes,
+        holds: float,
+        *,
+        seen: SeenKey | None = None,
+        wants_record: bool = False,
+    ) -> Submitted:
+        """Puts messages, each with its delay in milliseconds, into their queues; see `Store.submit_once`."""
         for message, delay in messages:
             self.emit_before("enqueue", message, delay)
         jobs = [self.new_job(message, delay=delay) for message, delay in messages]
-        ids, new = self.store.submit_once(jobs, key, fingerprint, holds)
+        submitted = self.store.submit_once(jobs, key, fingerprint, holds, seen=seen, wants_record=wants_record)
         for message, delay in messages:
             self.emit_after("enqueue", message, delay)
-        return ids, new
+        return submitted
 
     def _create(self, messages: Sequence[Message[Any]], delay: int | None) -> None:
         settling: Delivery | None = getattr(self._local, "settling", None)

@@ -21,6 +21,7 @@ import string
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
@@ -44,6 +45,12 @@ MOST_READ: Final = 64 * 1024
 #: the connection is closed would log an error.
 LINGER: Final = 1.0
 
+#: How many callbacks go to one receiver at a time, of those that a worker delivers (`mlqueue.beside.MOST_CALLBACKS`);
+#: and how soon, and how late, one that found no place is looked at again, in seconds.
+MOST_OF_HOST: Final = 8
+SOONEST: Final = 0.05
+LATEST: Final = 30.0
+
 logger = logging.getLogger("mlqueue.callbacks")
 
 
@@ -63,13 +70,59 @@ def deliver() -> None:
     try:
         record = store.record(delivery.held.parent)
         if _is_due(record, delivery):
-            _try_once(delivery, store, record)
+            with places.of(urlsplit(record.callback or "").netloc):
+                _try_once(delivery, store, record)
     except JobNotFound:
         logger.info("job %s is gone; its callback is not delivered", delivery.held.parent)
     except StoreUnavailable as error:
         # No try of the receiver's, so it does not count as one.
         logger.warning("the callback of job %s waits for the store: %s", delivery.held.parent, error)
         raise HandBack from error
+
+
+class Places:
+    """How many callbacks this process delivers to one receiver at a time: one that hangs does not hold up others.
+
+    Parameters:
+      most: How many. Another one waits in the queue until, by how long the last one took, its turn should come.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._receivers: dict[str, _Receiver] = {}
+
+    @contextlib.contextmanager
+    def of(self, host: str) -> Iterator[None]:
+        """Within, one of the places of a receiver is taken. Raises `HandBack` when there is none."""
+        begun = time.monotonic()
+        with self._lock:
+            receiver = self._receivers.setdefault(host, _Receiver())
+            if receiver.taken >= self._most:
+                receiver.next = min(max(receiver.next, begun + SOONEST) + receiver.took / self._most, begun + LATEST)
+                raise HandBack(receiver.next - begun)
+            receiver.taken += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                receiver.taken -= 1
+                receiver.took = time.monotonic() - begun
+                if not receiver.taken:
+                    self._receivers.pop(host, None)
+
+
+@dataclass(slots=True)
+class _Receiver:
+    #: How many callbacks are on their way to it.
+    taken: int = 0
+    #: How long the last one took, in seconds.
+    took: float = 1.0
+    #: When the last one that waits in the queue has its turn (monotonic).
+    next: float = 0.0
+
+
+places = Places(MOST_OF_HOST)
 
 
 def _is_due(record: JobRecord, delivery: Delivery) -> bool:

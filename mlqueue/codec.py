@@ -178,8 +178,10 @@ def _encode(value: object, path: str, names: Collection[str] | None, max_bytes: 
     packing.budget = max_bytes
     try:
         head: bytes = packing.pack(value)
-        if len(head) > MAX_DEPTH:
-            _check(head)
+        if len(head) > _IDLE_BYTES:
+            del packing.pack  # and with it the buffer, twice as large as what was packed; they hold each other
+        if len(head) > MAX_DEPTH and _containers(head) > MAX_DEPTH:
+            _check_structure(head)
         if packing.has_tuples:
             # A tuple as a key would be packed as a list, which no dict could be built with again.
             msgpack.unpackb(head, strict_map_key=False, ext_hook=_ignore_ext)
@@ -690,6 +692,9 @@ _MALFORMED = (
 #: Bytes of an object up to this length are not looked through before they are read, if they cannot be nested too deep.
 _UNCHECKED_BYTES = 4096
 
+#: Bytes of an object are looked through in parts of this length: each is copied.
+_LOOKED_AT = 64 * 2**10
+
 #: All bytes but those that begin a list or a dict.
 _NO_CONTAINERS = bytes(byte for byte in range(256) if not (0x80 <= byte <= 0x9F or 0xDC <= byte <= 0xDF))
 
@@ -701,8 +706,13 @@ def _check(data: bytes | memoryview) -> None:
 
 
 def _containers(data: bytes | memoryview) -> int:
-    """At least as many as the lists and dicts in `data`."""
-    return len(bytes(data).translate(None, _NO_CONTAINERS))
+    """At least as many as the lists and dicts in `data`, or, where they are too many, in its beginning."""
+    count = 0
+    for start in range(0, len(data), _LOOKED_AT):
+        count += len(bytes(data[start : start + _LOOKED_AT]).translate(None, _NO_CONTAINERS))
+        if count > MAX_DEPTH:
+            break
+    return count
 
 
 def _check_structure(data: bytes | memoryview) -> None:

@@ -38,7 +38,11 @@ current_delivery: contextvars.ContextVar[Delivery | None] = contextvars.ContextV
 
 
 class HandBack(BaseException):
-    """Raised in a job to give it back to its queue without a strike."""
+    """Raised in a job to give it back to its queue without a strike, to be run again in `delay` seconds."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        super().__init__()
+        self.delay = delay
 
 
 class Cancelled(Interrupt):
@@ -80,6 +84,8 @@ class Delivery(MessageProxy):
         self.entered = False
         #: Whether the job goes back to its queue: nothing that hooks do because it "succeeded" is of any effect.
         self.handed_back = False
+        #: And when it is to be run again, in seconds from then.
+        self.hand_back_delay = 0.0
         #: Whether the job has looked at ``stopping`` and seen it True.
         self.saw_stopping = False
         self.cancel_requested = threading.Event()
@@ -161,7 +167,7 @@ class Delivery(MessageProxy):
         common = common_of(self.progress, self.spawned, self.group)
         if self.handed_back or isinstance(exception, Shutdown):
             # Whatever Retries has made of it: the worker ends, the job has not failed.
-            return Settle.give_back(job_id, attempt, common_of(self.progress))
+            return Settle.give_back(job_id, attempt, common_of(self.progress), self.hand_back_delay)
         if self.heeded or isinstance(exception, Cancelled):
             return Settle.cancelled(job_id, attempt, common_of(self.progress))
         if not failed and self.retry_delay is not None:
@@ -222,9 +228,9 @@ def storing(
             finally:
                 delivery._leave()
                 disarm()
-        except HandBack:
+        except HandBack as back:
             # Not passed on: Dramatiq would log it as a failure, and Retries count it.
-            delivery.handed_back = True
+            delivery.handed_back, delivery.hand_back_delay = True, back.delay
             return None
         except Cancelled:
             # It may have struck in the middle of the two.

@@ -26,10 +26,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlqueue import _keeper
 from mlqueue.errors import EmbeddedError, SettingsError
@@ -430,7 +432,7 @@ class EmbeddedServer:
             }
             environment = {name: self._environ[name] for name in SERVER_ENVIRONMENT if name in self._environ}
             try:
-                keeper = subprocess.Popen(
+                keeper = _own_subprocess().Popen(
                     [_python(), "-I", "-S", _keeper.__file__, json.dumps(order)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -617,8 +619,9 @@ def _candidates(search: str) -> Iterator[str]:
 
 def _version_of(program: str) -> tuple[str, str]:
     """The version of a server program, and what is wrong with it (empty when nothing is)."""
+    children = _own_subprocess()
     try:
-        run = subprocess.run(
+        run = children.run(
             [program, "--version"],
             capture_output=True,
             text=True,
@@ -626,7 +629,7 @@ def _version_of(program: str) -> tuple[str, str]:
             timeout=30,
             stdin=subprocess.DEVNULL,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, children.TimeoutExpired) as error:
         return "", f"{program} does not run: {error}"
     said = re.search(r"\b(Valkey|Redis) server v=((\d+)\.(\d+)[.\w-]*)", run.stdout, re.IGNORECASE)
     if said is None:
@@ -639,6 +642,25 @@ def _version_of(program: str) -> tuple[str, str]:
             f"{program} is {name} {version}; 7.0 or newer is needed (older ones would start with none of the data)",
         )
     return version, ""
+
+
+def _own_subprocess() -> Any:
+    """The standard library's module, also where gevent has put its own functions into it and into `os`.
+
+    Its Popen forks in Python, which closes what the keeper is to have (`_after_fork`), works in the main thread alone,
+    and waits for ever where somebody has taken its handler of SIGCHLD away; its close closes later, so that whoever
+    reads a pipe to the end waits for himself.
+    """
+    monkey: Any = sys.modules.get("gevent.monkey")
+    spec = subprocess.__spec__
+    patched = monkey is not None and any(map(monkey.is_module_patched, ("os", "subprocess")))
+    if not patched or spec is None or spec.loader is None:
+        return subprocess
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    originals = {name: monkey.get_original("os", name) for name in ("close", "waitpid")}
+    vars(module)["os"] = types.SimpleNamespace(**(vars(os) | originals))
+    return module
 
 
 def _python() -> str:

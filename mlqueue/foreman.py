@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Final
 
 from .child import PR_SET_PDEATHSIG
-from .supervisor import ECHO, EXIT_INTERRUPTED, how_it_ended, restart_pause
+from .supervisor import ECHO, EXIT_INTERRUPTED, LAST_RELEASES, how_it_ended, restart_pause
 
 __all__ = ["Foreman", "Line"]
 
@@ -30,11 +30,15 @@ WORKED_AFTER: Final = 5.0
 #: How long a process must have run for its crashes to be forgotten, in seconds.
 HEALTHY_AFTER: Final = 60.0
 
+#: How often a process is told to end when everything is to end at once, in seconds.
+INSIST: Final = 1.0
+
 #: How much longer than the drain time a process has for its end, in seconds.
 MARGIN: Final = 5.0
 
-#: How long a process has for its end when everything is to end at once, in seconds.
-AT_ONCE: Final = 5.0
+#: How long a process has for its end when everything is to end at once, in seconds: longer than a supervisor tries to
+#: give its jobs back.
+AT_ONCE: Final = LAST_RELEASES + 5.0
 
 #: The longest sleep of the main loop while something waits for what it needs, in seconds.
 LOOK: Final = 0.2
@@ -251,7 +255,13 @@ class Foreman:
 
     def _tell(self, place: _Place, patience: float) -> None:
         assert place.process is not None
-        place.told, place.again, place.deadline = True, None, time.monotonic() + patience
+        now = time.monotonic()
+        deadline = now + patience
+        if self._hurried:
+            # Again and again: on a slow machine it may take two for one, or the second for an echo.
+            place.again = now + INSIST
+            deadline = min(deadline, place.deadline or deadline)
+        place.told, place.deadline = True, deadline
         _signal_group(place.process, signal.SIGTERM)
 
     def _hurry(self) -> None:

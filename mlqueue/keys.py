@@ -1,13 +1,15 @@
 """API keys: who may use the HTTP interface of a namespace, and for what.
 
 A key is ``mlq_<id>_<secret>``. The store keeps the SHA-256 of the secret (which is random and long, so nothing slower
-is needed), its scopes and its label; the key itself is shown once, when it is made. Every request asks the store, so a
-revoked key is refused from the next request on, by every web process.
+is needed), its scopes and its label; the key itself is shown once, when it is made. Every request asks the store, in
+the call that it makes anyway where it can (see `ApiKeys.recall`), so a revoked key is refused from the next request
+on, by every web process.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import hmac
 import re
@@ -19,11 +21,15 @@ from typing import Final
 from . import codec
 from .errors import InvalidJob
 from .store import Store
+from .store.store import SeenKey
 
 __all__ = ["SCOPES", "ApiKey", "ApiKeys", "check_scopes"]
 
 #: What a key may be for. ``admin`` includes the others.
 SCOPES: Final = ("submit", "read", "admin")
+
+#: How many keys a process remembers.
+MOST_REMEMBERED: Final = 1024
 
 _TOKEN: Final = re.compile(r"mlq_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _ID: Final = re.compile(r"[0-9a-f]{12}")
@@ -48,6 +54,8 @@ class ApiKeys:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._name = f"{store.root}:keys"
+        #: What the store knew of keys that were right, by their ids.
+        self._remembered: dict[str, bytes] = {}
 
     def new(self, scopes: Iterable[str], label: str = "") -> tuple[str, ApiKey]:
         """Makes a key: its text, which nobody can show again, and what is known of it."""
@@ -78,9 +86,26 @@ class ApiKeys:
             return None
         data = self._store.connector.execute("HGET", self._name, match[1])
         if data is None:
+            self._remembered.pop(match[1], None)
             return None
         key, digest = _decode(match[1], data)
-        return key if hmac.compare_digest(digest, _digest(match[2])) else None
+        if not hmac.compare_digest(digest, _digest(match[2])):
+            return None
+        if len(self._remembered) >= MOST_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[key.id] = data
+        return key
+
+    def recall(self, token: str) -> tuple[ApiKey, SeenKey] | None:
+        """The key whose text this is as this process has seen it before, without asking the store; None where it has
+        not. Whoever acts on it has the store see whether it is so still, as `Store.submit_once` and `Store.record_for`
+        do."""
+        match = _TOKEN.fullmatch(token)
+        data = self._remembered.get(match[1]) if match else None
+        if match is None or data is None:
+            return None
+        key, digest = _decode(match[1], data)
+        return (key, (key.id, data)) if hmac.compare_digest(digest, _digest(match[2])) else None
 
 
 def check_scopes(scopes: Iterable[str]) -> tuple[str, ...]:
@@ -100,6 +125,7 @@ def _encode(key: ApiKey, digest: bytes) -> bytes:
     return codec.encode([digest, list(key.scopes), key.label, key.created_at])
 
 
+@functools.lru_cache(maxsize=MOST_REMEMBERED)
 def _decode(key_id: str, data: bytes) -> tuple[ApiKey, bytes]:
     digest, scopes, label, created = codec.decode(data)
     return ApiKey(id=key_id, scopes=tuple(scopes), label=label, created_at=created), digest

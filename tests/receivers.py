@@ -65,8 +65,8 @@ class Receiver:
                 return
             thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
             with self._lock:
+                thread.start()
                 self._threads.append(thread)
-            thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         # Who called may hang up whenever it likes.

@@ -37,6 +37,7 @@ from support import StartWorker, eventually, fresh_app
 
 import mlqueue
 from mlqueue import MLQ, InvalidJob, InvalidTransition, Job, Result, Settings, SettingsError, State, callbacks
+from mlqueue.beside import MOST_CALLBACKS
 from mlqueue.callbacks import PAUSES, fetch
 from mlqueue.job import CallbackAttempt, CallbackState, new_id
 from mlqueue.store.records import CALLBACK, CALLBACKS, pack_callback_attempt
@@ -731,6 +732,24 @@ def test_two_workers_deliver_each_of_100_callbacks_once(mlq: MLQ, server: Settin
     assert {record.callback_state for record in records} == {CallbackState.DELIVERED}
     workers[1].stop()
     other.close()
+
+
+def test_a_receiver_that_hangs_leaves_places_to_others(
+    mlq: MLQ, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "places", callbacks.Places(3))
+    mlq.actor(lambda: None, actor_name="work")
+    worker = start_worker()
+    with receiver(hangs) as slow, receiver() as good:
+        held_up = [mlq.submit("work", callback=slow.url) for _ in range(MOST_CALLBACKS + 8)]
+        eventually(lambda: all(job.done for job in held_up) and len(slow.calls) == 3)
+        quick = [mlq.submit("work", callback=good.url) for _ in range(8)]
+        eventually(lambda: len(good.calls) == len(quick))
+        # Those that found no place have not been tried, and none of them is forgotten.
+        assert 3 == len(slow.calls)
+        assert {0} == {len(job.record.callback_attempts) for job in held_up}
+        eventually(lambda: len(held_up) == len(deliveries(mlq)))
+        worker.stop()
 
 
 def test_a_worker_whose_only_thread_is_busy_delivers(mlq: MLQ, start_worker: StartWorker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 import time
@@ -24,7 +25,7 @@ from mlqueue.errors import (
 )
 from mlqueue.job import MOVES, DeadReason, JobError, NewJob, Result, State, new_id
 from mlqueue.store import Held, Settle, Store, Turn
-from mlqueue.store.records import PRIORITIES
+from mlqueue.store.records import LARGE, PRIORITIES
 from mlqueue.store.scripts import script
 from mlqueue.store.store import CHUNK, common_of, encode_result
 
@@ -147,7 +148,7 @@ def test_a_malformed_job_is_refused_and_the_others_of_the_call_are_not(store: St
 def store_packed(*jobs: NewJob) -> list[bytes]:
     from mlqueue.store.records import pack_new
 
-    return [pack_new(item) for item in jobs]
+    return [part for item in jobs for part in pack_new(item)]
 
 
 def test_a_priority_out_of_bounds_is_refused_with_what_is_allowed(store: Store) -> None:
@@ -1169,7 +1170,18 @@ def test_pages_by_time_hold_when_an_old_job_was_retried(store: Store) -> None:
 def test_submits_are_parted_by_their_bytes_too(store: Store) -> None:
     from mlqueue.store.store import SUBMIT_BYTES, _batches
 
-    big = b"x" * (SUBMIT_BYTES // 2)
+    big, small = (b"", b"x" * (SUBMIT_BYTES // 2)), (b"a",)
     assert [2, 1] == [len(batch) for batch in _batches([big, big, big])]
-    assert [1, 2] == [len(batch) for batch in _batches([big * 3, b"a", b"b"])]
-    assert [500, 1] == [len(batch) for batch in _batches([b"a"] * 501)]
+    assert [1, 2] == [len(batch) for batch in _batches([(big[1] * 3,), small, small])]
+    assert [500, 1] == [len(batch) for batch in _batches([small] * 501)]
+
+
+def test_large_and_small_bodies_of_one_call_each_reach_their_job(store: Store) -> None:
+    jobs = [job(body=bytes([n]) * size) for n, size in enumerate((10, LARGE, 70, LARGE + 1, LARGE - 1))]
+    assert [True] * 5 == store.submit(jobs)
+    assert [item.body for item in jobs] == [store.body(item.id) for item in jobs]
+    again = store.submit_once(jobs, "key", b"print", 10, wants_record=True)
+    assert ([item.id for item in jobs], True) == (again.ids, again.new)
+    more = [dataclasses.replace(item, id=new_id()) for item in jobs]
+    assert more[0].id == store.submit_once(more, "other", b"print", 10).ids[0]
+    assert [item.body for item in more] == [store.body(item.id) for item in more]

@@ -18,12 +18,16 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis
+from hiredis import pack_command
+from redis._parsers.encoders import Encoder
 from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
 from ..embedded import EmbeddedServer
 from ..errors import StoreError, StoreFull, StoreUnavailable
 from ..settings import Settings
+from .records import LARGE
 from .scripts import Script
 
 #: Oldest versions that have what the scripts use (their flags, multi-key blocking pops).
@@ -57,10 +61,9 @@ class Connector:
         self._lock = threading.Lock()
         self._client: redis.Redis | None = None
         self._checked = False
-        #: Connections that no call is using, the one that was used last behind the others; of the process `_pid`.
+        #: Connections that no call is using, the one that was used last behind the others. Another list is put in its
+        #: place when they are to be used no more: a call that is under way then does not give its own back.
         self._idle: list[Any] = []
-        self._pid = os.getpid()
-        self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
         #: The embedded server, when no URL is set.
         self.embedded: EmbeddedServer | None = None
         if settings.url is None:
@@ -70,6 +73,7 @@ class Connector:
                 durability=settings.durability,
                 grace=settings.server_grace,
             )
+        _connectors.add(self)
 
     @property
     def client(self) -> redis.Redis:
@@ -94,6 +98,7 @@ class Connector:
             retry=Retry(NoBackoff(), 0),
             health_check_interval=0,
             decode_responses=False,
+            command_packer=_Packer(),
         )
 
     @property
@@ -150,44 +155,48 @@ class Connector:
     def _once(self, command: tuple[Any, ...], script: Script | None) -> Any:
         # Bare connections, as many as there are calls at a time: a third of the cost of Redis.execute_command with its
         # pool, which every submit would pay. Not one for each thread, of which a web server has thousands with gevent.
-        connection = self._take()
+        idle = self._idle
+        try:
+            connection = idle.pop()  # from here on nobody else's
+        except IndexError:
+            connection = self._new_connection()
         try:
             if not self._checked:
                 self._check_version(connection)
             answer = send(connection, command, script)
         except redis.ResponseError:
-            self._give_back(connection)
+            self._give_back(connection, idle)
             raise
-        except BaseException:
-            # Interrupted with an answer outstanding, too: the next call would read it as its own.
+        except PASSING:
             connection.disconnect()
             # Those that nobody uses are broken as well, as a rule, and each would cost a try.
             self._drop_idle()
             raise
-        self._give_back(connection)
+        except BaseException:
+            # Interrupted with an answer outstanding, as Dramatiq does to a job that takes too long: the next call would
+            # read it as its own.
+            connection.disconnect()
+            raise
+        self._give_back(connection, idle)
         return answer
 
-    def _take(self) -> Any:
-        """A connection for the caller alone."""
-        if self._pid != os.getpid():
-            self._idle, self._pid = [], os.getpid()  # after a fork those are the parent's
-        try:
-            return self._idle.pop()
-        except IndexError:
-            connection = self._new_connection()
-            self._connections.add(connection)
-            return connection
-
-    def _give_back(self, connection: Any) -> None:
-        if len(self._idle) < MOST_IDLE:
-            self._idle.append(connection)
+    def _give_back(self, connection: Any, idle: list[Any]) -> None:
+        """Keeps a connection, whose answers have all been read, for another call."""
+        if idle is self._idle and len(idle) < MOST_IDLE:
+            idle.append(connection)
         else:
             connection.disconnect()
 
     def _drop_idle(self) -> None:
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread has taken it
-                self._idle.pop().disconnect()
+        idle, self._idle = self._idle, []
+        while idle:
+            with contextlib.suppress(IndexError):  # a call that began before has taken it
+                idle.pop().disconnect()
+
+    def _after_fork(self) -> None:
+        """In a forked child: the connections are the parent's, and so are the threads that held the lock."""
+        self._lock = threading.Lock()
+        self._idle = []
 
     def _check_version(self, connection: Any) -> None:
         connection.send_command("HELLO", 2)
@@ -204,17 +213,49 @@ class Connector:
         self._checked = True
 
     def close(self) -> None:
-        """Closes the connections, and gives up the embedded server."""
+        """Closes the connections, those in use when their call is over, and gives up the embedded server."""
         with self._lock:
-            self._idle.clear()
-            for connection in list(self._connections):
-                connection.disconnect()
+            self._drop_idle()
             if self._client is not None:
                 self._client.close()
                 self._client = None
                 self._checked = False
         if self.embedded:
             self.embedded.release()
+
+
+#: What commands are made of, as a rule.
+SIMPLE: Final = frozenset({bytes, str, int, float})
+
+
+class _Packer:
+    """Commands as bytes: by hiredis (redis-py looks at each argument before, for twice the time), but without a copy of
+    what is large."""
+
+    def __init__(self) -> None:
+        self._any = PythonRespSerializer(LARGE, Encoder("utf-8", "strict", False).encode)
+
+    def pack(self, *args: Any) -> list[Any]:
+        """The parts of a command."""
+        for arg in args:
+            kind = type(arg)
+            if (kind is bytes and len(arg) >= LARGE) or kind not in SIMPLE:
+                return self._any.pack(*args)  # type: ignore[no-any-return]
+        # Those of redis-py itself may be two words.
+        return [pack_command(args)] if args[0].isalnum() else self._any.pack(*args)
+
+
+#: Those that a fork has to look after.
+_connectors: weakref.WeakSet[Connector] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for connector in list(_connectors):
+        connector._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def send(connection: Any, command: tuple[Any, ...], script: Script | None = None) -> Any:

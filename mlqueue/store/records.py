@@ -35,6 +35,13 @@ CALLBACK_STATES: Final = {b"p": CallbackState.PENDING, b"d": CallbackState.DELIV
 PRIORITIES: Final = range(-1000, 1001)
 
 
+#: A body of so many bytes is large.
+LARGE: Final = 32 * 2**10
+
+#: Where the body stands among what `new_item` gives.
+BODY: Final = 7
+
+
 def pack(value: object) -> bytes:
     """MessagePack as the scripts read it: they know no type for binary, a string is its bytes."""
     packed: bytes = msgpack.Packer(use_bin_type=False, buf_size=1024).pack(value)
@@ -69,9 +76,14 @@ def milliseconds(value: float | None) -> int:
     return -1 if value is None else round(value * 1000)
 
 
-def pack_new(job: NewJob) -> bytes:
-    """A new job as ``create`` in part_create.lua takes it."""
-    return pack(new_item(job))
+def pack_new(job: NewJob) -> tuple[bytes, ...]:
+    """A new job as enqueue.lua takes it: in one part, or a large body apart from the rest: within, it would be copied
+    three times more, here and in the server."""
+    item = new_item(job)
+    if len(job.body) < LARGE:
+        return (pack(item),)
+    item[BODY] = False
+    return pack(item), job.body
 
 
 def new_item(job: NewJob) -> list[object]:

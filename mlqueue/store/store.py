@@ -10,6 +10,7 @@ import dataclasses
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from .. import codec
@@ -23,6 +24,7 @@ from ..errors import (
     ResultMissing,
     StaleAttempt,
     StoreError,
+    Unauthorized,
     WaitCycle,
 )
 from ..job import JobError, JobRecord, NewJob, Result, State
@@ -72,6 +74,30 @@ NOT_RUNNING: Final = tuple(state for state in State if state is not State.RUNNIN
 
 #: A gap of so many seconds between two sweeps is nobody's fault: leases are renewed instead of ended.
 GAP: Final = 5.0
+
+
+#: What is read of a job for its full record (see part_look.lua), and for one without attempts and callback.
+FULL: Final = "sepac"
+BRIEF: Final = "sep"
+
+#: What is said to who comes without an API key, and with one that is not, or no longer, known.
+KEY_CURE: Final = "send `Authorization: Bearer mlq_...` with a key that `mlqueue key new` has made."
+KEY_REFUSED: Final = f"this key is not valid, or has been revoked; {KEY_CURE}"
+
+#: An API key as it was when it was looked at last: its id, and what the store knew of it. A call that takes one looks
+#: whether that is so still, in the script that does the rest.
+SeenKey = tuple[str, bytes]
+
+
+class Submitted(NamedTuple):
+    """What `Store.submit_once` did."""
+
+    #: The jobs, created now or when the key came first.
+    ids: list[str]
+    #: Whether it was now.
+    new: bool
+    #: The full record of the first one, where it was asked for.
+    record: JobRecord | None
 
 
 class Held(NamedTuple):
@@ -146,9 +172,10 @@ class Settle:
         return cls(job_id, attempt, "b", pack((job_id, attempt, "b", *common, *tail)))
 
     @classmethod
-    def give_back(cls, job_id: str, attempt: int, common: Common) -> Settle:
-        """It goes back to its queue without a strike."""
-        return cls(job_id, attempt, "l", pack((job_id, attempt, "l", *common)))
+    def give_back(cls, job_id: str, attempt: int, common: Common, delay: float = 0.0) -> Settle:
+        """It goes back to its queue without a strike, to be run in `delay` seconds."""
+        tail = (milliseconds(delay),) if delay else ()
+        return cls(job_id, attempt, "l", pack((job_id, attempt, "l", *common, *tail)))
 
     @classmethod
     def cancelled(cls, job_id: str, attempt: int, common: Common) -> Settle:
@@ -245,27 +272,45 @@ class Store:
         """Creates jobs; for each whether it was new. An id that exists is left as it is, so this may be repeated."""
         created: list[bool] = []
         for batch in _batches([pack_new(job) for job in jobs]):
-            for made in self._run("enqueue", *batch):
+            for made in self._run("enqueue", *chain.from_iterable(batch)):
                 if isinstance(made, bytes):
                     raise StoreError(f"the store would not take a job: {made.decode(errors='replace')}")
                 created.append(made == 1)
         return created
 
-    def submit_once(self, jobs: Sequence[NewJob], key: str, fingerprint: bytes, holds: float) -> tuple[list[str], bool]:
-        """Creates jobs, in one call, unless `key` has come within the last `holds` seconds: the ids of the jobs that it
-        has created, now or then, and whether it was now.
+    def submit_once(
+        self,
+        jobs: Sequence[NewJob],
+        key: str,
+        fingerprint: bytes,
+        holds: float,
+        *,
+        seen: SeenKey | None = None,
+        wants_record: bool = False,
+    ) -> Submitted:
+        """Creates jobs, in one call, unless `key` has come within the last `holds` seconds. With an empty key jobs are
+        created.
 
-        Raises `KeyReused` when it came with another `fingerprint` then. With an empty key jobs are created.
+        Raises `KeyReused` when the key came with another `fingerprint` then, and `Unauthorized` unless the API key
+        `seen` is as it was.
         """
         ids = [job.id for job in jobs]
-        if not key:
+        if not key and seen is None and not wants_record:
             self.submit(jobs)
-            return ids, True
-        answer = self._run("enqueue_once", key, fingerprint, milliseconds(holds), *[pack_new(job) for job in jobs])
-        if answer is None:
+            return Submitted(ids, True, None)
+        answer = self._run(
+            "enqueue_once",
+            *(key, fingerprint, milliseconds(holds), *(seen or ("", b"")), FULL if wants_record else ""),
+            *chain.from_iterable(map(pack_new, jobs)),
+        )
+        if answer == 0:
             raise KeyReused
-        found = [job_id.decode() for job_id in answer]
-        return found, found == ids
+        if answer == 1:
+            raise Unauthorized(KEY_REFUSED)
+        found = [job_id.decode() for job_id in answer[0]]
+        if wants_record and answer[1] is None:
+            raise JobNotFound.of(found[0], self.namespace)  # of the first time, and forgotten since
+        return Submitted(found, found == ids, _record(found[0], answer[1]) if wants_record else None)
 
     # The worker's side
 
@@ -595,11 +640,20 @@ class Store:
             raise JobNotFound.of(job_id, self.namespace)
         return found
 
+    def record_for(self, job_id: str, seen: SeenKey) -> JobRecord:
+        """The full record of a job for who has an API key. Raises `Unauthorized` unless that is as it was."""
+        item, key = self._run("read", FULL + "k", job_id, seen[0])
+        if key != seen[1]:
+            raise Unauthorized(KEY_REFUSED)
+        if item is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        return _record(job_id, item)
+
     def records(self, job_ids: Sequence[str], *, full: bool = False) -> list[JobRecord | None]:
         """The records of jobs; None for each that there is none of."""
         if not job_ids:
             return []
-        answer = self._run("read", "sepac" if full else "sep", *job_ids)
+        answer = self._run("read", FULL if full else BRIEF, *job_ids)
         return [item and _record(job_id, item) for job_id, item in zip(job_ids, answer, strict=True)]
 
     def details(self, job_id: str) -> tuple[JobRecord, bytes, Outcome]:
@@ -955,16 +1009,17 @@ class Sweep(NamedTuple):
     released: dict[str, str]
 
 
-def _batches(packed: Sequence[bytes]) -> Iterator[list[bytes]]:
+def _batches(packed: Sequence[tuple[bytes, ...]]) -> Iterator[list[tuple[bytes, ...]]]:
     """Parts of at most `SUBMIT_BATCH` jobs and, but for one that is larger by itself, `SUBMIT_BYTES`."""
-    batch: list[bytes] = []
+    batch: list[tuple[bytes, ...]] = []
     size = 0
     for item in packed:
-        if batch and (len(batch) == SUBMIT_BATCH or size + len(item) > SUBMIT_BYTES):
+        length = sum(map(len, item))
+        if batch and (len(batch) == SUBMIT_BATCH or size + length > SUBMIT_BYTES):
             yield batch
             batch, size = [], 0
         batch.append(item)
-        size += len(item)
+        size += length
     if batch:
         yield batch
 

@@ -15,7 +15,8 @@ from flask import Request
 
 from ..app import MLQ
 from ..errors import Forbidden, SettingsError, Unauthorized
-from ..keys import SCOPES, ApiKeys
+from ..keys import SCOPES, ApiKey, ApiKeys
+from ..store.store import KEY_CURE, KEY_REFUSED, SeenKey
 
 __all__ = [
     "ADMIN",
@@ -30,6 +31,7 @@ __all__ = [
     "refuse_foreign",
     "refuse_unknown",
     "who",
+    "who_by_memory",
 ]
 
 SUBMIT: Final = "submit"
@@ -72,11 +74,24 @@ class BearerKeys:
         self._keys = api_keys
 
     def __call__(self, request: Request) -> Principal | None:
-        kind, _, token = request.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or len(token) > MAX_HEADER:
-            return None
-        key = self._keys.verify(token.strip())
-        return None if key is None else Principal(f"key {key.id}", frozenset(key.scopes))
+        token = _token_of(request)
+        key = self._keys.verify(token) if token else None
+        return None if key is None else _principal(key)
+
+    def recall(self, request: Request) -> tuple[Principal, SeenKey] | None:
+        """Who comes with a key that was right when it was looked at last; see `ApiKeys.recall`."""
+        token = _token_of(request)
+        found = self._keys.recall(token) if token else None
+        return None if found is None else (_principal(found[0]), found[1])
+
+
+def _token_of(request: Request) -> str:
+    kind, _, token = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" and len(token) <= MAX_HEADER else ""
+
+
+def _principal(key: ApiKey) -> Principal:
+    return Principal(f"key {key.id}", frozenset(key.scopes))
 
 
 def keys(mlq: MLQ) -> BearerKeys:
@@ -107,6 +122,14 @@ def who(hooks: Sequence[Hook], request: Request) -> Principal | None:
     return None
 
 
+def who_by_memory(hooks: Sequence[Hook], request: Request) -> tuple[Principal, SeenKey] | None:
+    """Who comes with a key that was right last time: whoever uses this has the store look whether it is so still. Only
+    where no other hook is there to be asked when it is not."""
+    if len(hooks) == 1 and isinstance(hooks[0], BearerKeys):
+        return hooks[0].recall(request)
+    return None
+
+
 def _scopes(found: Any, hook: Hook) -> frozenset[str]:
     names = found.replace(",", " ").split() if isinstance(found, str) else found
     if isinstance(names, Iterable):
@@ -123,12 +146,7 @@ def _scopes(found: Any, hook: Hook) -> frozenset[str]:
 def refuse_unknown(hooks: Sequence[Hook], request: Request) -> Unauthorized:
     """The error for a request of nobody whom the hooks know."""
     if any(isinstance(hook, BearerKeys) for hook in hooks):
-        given = (
-            "this key is not valid, or has been revoked" if "Authorization" in request.headers else "there is no key"
-        )
-        return Unauthorized(
-            f"{given}; send `Authorization: Bearer mlq_...` with a key that `mlqueue key new` has made."
-        )
+        return Unauthorized(KEY_REFUSED if "Authorization" in request.headers else f"there is no key; {KEY_CURE}")
     return Unauthorized("you are not logged in; log in at the site that this belongs to.")
 
 
@@ -144,13 +162,13 @@ def refuse_foreign(request: Request, origins: Sequence[str]) -> None:
     A browser adds cookies to such a request, and a password that its user gave it (HTTP Basic), but never a bearer
     token. It says where the page is from, in Sec-Fetch-Site or Origin; programs that are no browsers say neither.
     """
-    kind = request.headers.get("Authorization", "").partition(" ")[0]
-    if request.method in SAFE or kind.lower() == "bearer":
+    headers = request.environ  # a third of the time that request.headers takes
+    if request.method in SAFE or headers.get("HTTP_AUTHORIZATION", "")[:7].lower() == "bearer ":
         return
-    origin = request.headers.get("Origin")
+    origin = headers.get("HTTP_ORIGIN")
     if origin in origins:
         return
-    site = request.headers.get("Sec-Fetch-Site")
+    site = headers.get("HTTP_SEC_FETCH_SITE")
     own = site in ("same-origin", "none") if site else origin is None or urlsplit(origin).netloc == request.host
     if not own:
         raise Forbidden(

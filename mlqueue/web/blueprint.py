@@ -30,7 +30,7 @@ from ..errors import (
     Unauthorized,
 )
 from ..schema import check
-from .auth import ANYBODY, Hook, challenge, check_hooks, refuse_foreign, refuse_unknown, who
+from .auth import ANYBODY, Hook, challenge, check_hooks, refuse_foreign, refuse_unknown, who, who_by_memory
 from .call import Call
 from .mount import EXTENSION, Mount, mount_of_request
 from .operation import PATHS, Operation
@@ -151,14 +151,20 @@ def _view(operation: Operation) -> Callable[..., Response]:
 
     def view(**values: Any) -> Response:
         mount = mount_of_request()
+        asked = request._get_current_object()  # type: ignore[attr-defined] # each look through the proxy costs 1 us
         # Of this request alone; a body is bounded before a byte of it is read.
-        request.max_content_length = request.max_form_memory_size = mount.max_body
+        asked.max_content_length = asked.max_form_memory_size = mount.max_body
         around = {name: value for name, value in values.items() if name not in names}
-        call = Call(operation, mount, request, around)
+        call = Call(operation, mount, asked, around)
         try:
-            _admit(call)
-            _check_path(operation, values)
-            return operation.function(call, **{name: values[name] for name in names})
+            try:
+                _admit(call)
+                _check_path(operation, values)
+                return operation.function(call, **{name: values[name] for name in names})
+            finally:
+                # Nothing is told, no fault in the request either, to who has a key no more. A refusal here takes the
+                # place of what would have been answered.
+                call.confirm()
         except MLQueueError as error:
             return _refusal(call, error)
         except HTTPException as error:
@@ -178,7 +184,11 @@ def _admit(call: Call) -> None:
         return
     # Where somebody has to log in, a page of another origin sends a key; it must not profit from a cookie.
     refuse_foreign(call.request, () if mount.hooks else mount.cors_origins)
-    call.principal = who(mount.hooks, call.request) if mount.hooks else ANYBODY
+    found = who_by_memory(mount.hooks, call.request) if call.operation.confirms_keys else None
+    if found is not None:
+        call.principal, call.unconfirmed = found
+    else:
+        call.principal = who(mount.hooks, call.request) if mount.hooks else ANYBODY
     if call.principal is None:
         raise refuse_unknown(mount.hooks, call.request)
     if not call.principal.may(scope):

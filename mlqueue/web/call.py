@@ -9,18 +9,22 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from flask import Request, Response, url_for
+from flask import Request, Response, current_app, url_for
 
 from ..app import MLQ
 from ..errors import InvalidArguments
 from ..schema import check
 from ..store import Store
-from .auth import Principal
+from ..store.store import SeenKey
+from .auth import Principal, refuse_unknown, who
 from .mount import Mount
 from .operation import JSON, TEXT, Operation
 
 #: The longest header of those that are looked at, in characters.
 MAX_HEADER: Final = 4096
+
+#: Under how many prefixes that a server has put in front of the app it remembers where its routes are.
+MOST_ROOTS: Final = 16
 
 
 class Call:
@@ -32,6 +36,8 @@ class Call:
         self.request = request
         #: Who asks.
         self.principal: Principal | None = None
+        #: The key that he came with, where this process remembers it: the store is to look whether it is so still.
+        self.unconfirmed: SeenKey | None = None
         # What the prefix has between < and >: links have it too.
         self._around = around
 
@@ -50,7 +56,26 @@ class Call:
     @functools.cached_property
     def jobs_url(self) -> str:
         """The path of the jobs: that of one is this, a slash and its id, which needs no quoting."""
-        return self.url("list_jobs")
+        if self._around or current_app.url_default_functions:
+            return self.url("list_jobs")
+        # Nothing but what the server has put in front of the app can change it.
+        root = self.request.environ.get("SCRIPT_NAME", "")
+        known = self.mount.jobs_urls
+        if root not in known and len(known) < MOST_ROOTS:
+            known[root] = self.url("list_jobs")
+        return known.get(root) or self.url("list_jobs")
+
+    def confirm(self) -> None:
+        """Asks the store now about a key that this process only remembers. Raises `Unauthorized`."""
+        if self.unconfirmed is not None:
+            self.unconfirmed = None
+            if who(self.mount.hooks, self.request) is None:
+                raise refuse_unknown(self.mount.hooks, self.request)
+
+    def take_unconfirmed(self) -> SeenKey | None:
+        """The key that the caller now has the store look at, if there is one."""
+        seen, self.unconfirmed = self.unconfirmed, None
+        return seen
 
     # What is asked for
 
@@ -101,7 +126,11 @@ class Call:
 
     def json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
         """An answer in JSON; see `dump`."""
-        return _response(dump(value), JSON, status, headers)
+        return self.encoded_json(dump(value), status, headers)
+
+    def encoded_json(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+        """An answer in JSON that is encoded already."""
+        return _response(body, JSON, status, headers)
 
     def text(self, text: str, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
         """An answer in text."""

@@ -191,7 +191,6 @@ class _Handler(WSGIHandler):  # type: ignore[misc]
         environ["wsgi.input_terminated"] = True
         # So that a stream can be ended under the hands of a client that does not read it.
         environ["mlqueue.socket"] = self.socket
-        environ["mlqueue.socket"] = self.socket
         self.patient.expect_body()
         return environ
 

@@ -16,7 +16,7 @@ from ..schema import schema_of
 from ..waiting import wait_for
 from .auth import READ, SUBMIT
 from .body import read_body
-from .call import Call
+from .call import Call, dump
 from .live import etag_of, wait_for_change
 from .operation import JSON, Answer, Parameter, operation
 from .records import shown
@@ -111,6 +111,7 @@ def next_page(call: Call, name: str, cursor: object | None) -> tuple[str | None,
     "/jobs/<job_id>",
     scope=READ,
     tag="jobs",
+    confirms_keys=True,
     parameters=(
         PREFER,
         Parameter("If-None-Match", "header", {"type": "string"}, "The ETag of what the client has."),
@@ -127,6 +128,18 @@ def show_job(call: Call, job_id: str) -> Response:
     for its end, and then has a small result in it. With `If-None-Match` it is 304 as long as it is what the client has,
     and the wait is for any change.
     """
+    environ = call.request.environ
+    if "HTTP_PREFER" not in environ and "HTTP_IF_NONE_MATCH" not in environ:
+        seen = call.take_unconfirmed()
+        record = call.store.record(job_id) if seen is None else call.store.record_for(job_id, seen)
+        body = dump(shown(call, record))
+        return call.encoded_json(body, headers={"ETag": etag_of(body)})
+    call.confirm()
+    return _show_later(call, job_id)
+
+
+def _show_later(call: Call, job_id: str) -> Response:
+    """When it has ended or changed, or as it is after the time to wait."""
     record: JobRecord | None
     with call.waiting() as seconds:
         if call.request.if_none_match:
@@ -139,9 +152,11 @@ def show_job(call: Call, job_id: str) -> Response:
     if record is None:
         etag = call.request.if_none_match.to_header()
         return Response(status=304, headers={**headers, "ETag": etag, "Cache-Control": "no-store"})
-    headers["ETag"] = etag_of(call, record)
-    found = with_result(call, record) if seconds and record.state.ended else shown(call, record)
-    return call.json(found, headers=headers)
+    body = dump(shown(call, record))
+    headers["ETag"] = etag_of(body)
+    if seconds and record.state.ended:
+        body = dump(with_result(call, record))
+    return call.encoded_json(body, headers=headers)
 
 
 CANCEL_ANSWERS: Final[Mapping[int, Answer]] = {

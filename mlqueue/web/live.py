@@ -234,9 +234,9 @@ def _frame_of(kind: str, event_id: str, data: Mapping[str, Any]) -> bytes:
 # Without a stream
 
 
-def etag_of(call: Call, record: JobRecord) -> str:
-    """What tells a record from what it was before, as an ETag."""
-    return f'W/"{hashlib.sha256(dump(shown(call, record))).hexdigest()[:32]}"'
+def etag_of(body: bytes) -> str:
+    """What tells a record, in JSON, from what it was before, as an ETag."""
+    return f'W/"{hashlib.sha256(body).hexdigest()[:32]}"'
 
 
 def wait_for_change(call: Call, job_id: str, seconds: float) -> JobRecord | None:
@@ -247,7 +247,7 @@ def wait_for_change(call: Call, job_id: str, seconds: float) -> JobRecord | None
     try:
         while True:
             record = call.store.record(job_id)
-            if not call.request.if_none_match.contains_weak(etag_of(call, record)[3:-1]):
+            if not call.request.if_none_match.contains_weak(etag_of(dump(shown(call, record)))[3:-1]):
                 return record
             remaining = deadline - time.monotonic()
             if listener is None or remaining <= 0 or listener.cut_off:

@@ -40,6 +40,8 @@ class Mount:
     streams: Streams
     #: How long a stream may be silent, in seconds.
     heartbeat: float
+    #: The path of the jobs, by the prefix that the server has put in front of the app.
+    jobs_urls: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def max_values(self) -> int:

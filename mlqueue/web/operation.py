@@ -93,6 +93,8 @@ class Operation:
     body_required: bool
     #: What it may raise beside what follows from the rest.
     errors: Sequence[type[MLQueueError]]
+    #: Whether it has the store look at the API key in the call that it makes anyway; see `Call.take_unconfirmed`.
+    confirms_keys: bool
     #: Whether it answers text unless JSON is asked for, as MLQ's routes do.
     text: bool
     tag: str
@@ -145,6 +147,7 @@ def operation(
     body: Mapping[str, Any] | None = None,
     body_required: bool = True,
     errors: Sequence[type[MLQueueError]] = (),
+    confirms_keys: bool = False,
     text: bool = False,
 ) -> Callable[[Function], Operation]:
     """Makes a function an operation. It is called with the `Call` and what the rule has between < and >, and gives a
@@ -167,6 +170,7 @@ def operation(
             body={kind: as_schema(shape) for kind, shape in (body or {}).items()},
             body_required=body_required,
             errors=errors,
+            confirms_keys=confirms_keys,
             text=text,
             tag=tag,
         )

@@ -23,6 +23,7 @@ from ..job import new_id
 from ..listeners import QUEUE
 from ..message import LISTENER, OPTION_CHECKS
 from ..schema import bind, check
+from ..store.store import Submitted
 from ..waiting import wait_for
 from .auth import SUBMIT
 from .body import as_argument, from_json, read_body
@@ -88,6 +89,7 @@ class Chosen(NamedTuple):
     scope=SUBMIT,
     tag="jobs",
     text=True,
+    confirms_keys=True,
     parameters=(IDEMPOTENCY_KEY, PREFER),
     body={JSON: Post, MSGPACK: Post, MULTIPART: Post},
     errors=(KeyReused, JobNotFound),
@@ -112,6 +114,7 @@ def post_job(call: Call) -> Response:
     "/actors/<actor>",
     scope=SUBMIT,
     tag="actors",
+    confirms_keys=True,
     parameters=(IDEMPOTENCY_KEY, PREFER),
     body={JSON: Submit, MSGPACK: Submit, MULTIPART: {"type": "object"}},
     body_required=False,
@@ -170,6 +173,7 @@ BULK_ANSWER: Final = {
     "/jobs/bulk",
     scope=SUBMIT,
     tag="jobs",
+    confirms_keys=True,
     parameters=(IDEMPOTENCY_KEY,),
     body={JSON: BULK, MSGPACK: BULK},
     errors=(KeyReused, ActorNotFound, JobNotFound),
@@ -193,9 +197,9 @@ def submit_jobs(call: Call) -> Response:
                 chosen.append(_called(actor, body, published[actor]))
             else:
                 chosen.append(_posted(check(_POST, item)))
-    ids, new = _enqueue(call, chosen)
-    jobs = [{"id": job_id, "url": f"{call.jobs_url}/{job_id}"} for job_id in ids]
-    return call.json({"jobs": jobs}, 202, _replayed(new))
+    submitted = _enqueue(call, chosen)
+    jobs = [{"id": job_id, "url": f"{call.jobs_url}/{job_id}"} for job_id in submitted.ids]
+    return call.json({"jobs": jobs}, 202, _replayed(submitted))
 
 
 # What is asked for
@@ -269,13 +273,15 @@ def _within(path: str) -> Iterator[None]:
 # Creating it
 
 
-def _enqueue(call: Call, chosen: Sequence[Chosen]) -> tuple[list[str], bool]:
-    """The ids of the jobs, and whether they are new."""
+def _enqueue(call: Call, chosen: Sequence[Chosen], *, wants_record: bool = False) -> Submitted:
+    """Creates the jobs, unless they have been."""
     key = _idempotency_key(call)
     fingerprint = _fingerprint(call, chosen) if key else b""
     messages = [_message(one) for one in chosen]
     try:
-        return call.mlq.broker.enqueue_once(messages, key, fingerprint, KEY_HOLDS)
+        return call.mlq.broker.enqueue_once(
+            messages, key, fingerprint, KEY_HOLDS, seen=call.take_unconfirmed(), wants_record=wants_record
+        )
     except KeyReused:
         raise KeyReused(
             "this Idempotency-Key came with another request within the last day. Send each request with a key of its "
@@ -332,20 +338,24 @@ def _fingerprint(call: Call, chosen: Sequence[Chosen]) -> bytes:
 
 
 def _answer(call: Call, chosen: Sequence[Chosen]) -> Response:
-    [job_id], new = _enqueue(call, chosen)
-    headers = {"Location": f"{call.jobs_url}/{job_id}", **_replayed(new)}
+    wants_json = call.wants_json
+    submitted = _enqueue(call, chosen, wants_record=wants_json)
+    [job_id] = submitted.ids
+    headers = {"Location": f"{call.jobs_url}/{job_id}", **_replayed(submitted)}
     with call.waiting() as seconds:
         ended = bool(seconds) and wait_for(call.store, job_id, seconds)
     if seconds:
         headers["Preference-Applied"] = f"wait={seconds:g}"
-    if not call.wants_json:
+    if not wants_json:
         return send_result(call, job_id, headers=headers) if ended else call.text(job_id, 202, headers)
-    record = call.store.record(job_id)
-    return call.json(with_result(call, record) if ended else shown(call, record), 200 if ended else 202, headers)
+    if ended:
+        return call.json(with_result(call, call.store.record(job_id)), 200, headers)
+    record = call.store.record(job_id) if seconds or submitted.record is None else submitted.record
+    return call.json(shown(call, record), 202, headers)
 
 
-def _replayed(new: bool) -> dict[str, str]:
-    return {} if new else {"Idempotent-Replayed": "true"}
+def _replayed(submitted: Submitted) -> dict[str, str]:
+    return {} if submitted.new else {"Idempotent-Replayed": "true"}
 
 
 __all__ = ["post_job", "submit_job", "submit_jobs"]

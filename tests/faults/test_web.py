@@ -108,7 +108,7 @@ class Gunicorn:
 
 def test_every_post_that_was_answered_has_one_job_though_web_processes_are_killed(fleet: Fleet) -> None:
     """F4."""
-    posts, kills = (20_000, 100) if LONG else (300, 10)
+    posts, kills = (20_000, 100) if LONG else (1_000, 10)
     report = Report(test="web_killed_in_posts")
     web = Gunicorn(fleet)
     answered: dict[int, str] = {}

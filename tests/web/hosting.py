@@ -104,12 +104,11 @@ def _serving(
 ) -> Iterator[tuple[httpx.Client, Process]]:
     (folder / "wsgi.py").write_text(WSGI)
     kept = {name: text for name, text in os.environ.items() if not name.startswith(("MLQUEUE_", "REDIS_URL"))}
+    ours = {"MLQUEUE_URL": str(mlq.settings.url), "MLQUEUE_NAMESPACE": mlq.name, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=folder,
-        env=kept
-        | {"MLQUEUE_URL": str(mlq.settings.url), "MLQUEUE_NAMESPACE": mlq.name, "PYTHONPATH": str(ROOT)}
-        | environ,
+        env={name: text for name, text in (kept | ours | environ).items() if text},
     )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}{PREFIX}", timeout=20) as client:

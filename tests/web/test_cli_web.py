@@ -411,13 +411,15 @@ def test_a_signal_lets_requests_in_hand_be_answered_and_waits_for_nobody_else(
             job_id = client.post("/jobs", json={"msg": 1}).text
             answers: list[httpx.Response] = []
             waiter = threading.Thread(
-                target=lambda: answers.append(client.get(f"/jobs/{job_id}", headers={"Prefer": "wait=1"}))
+                target=lambda: answers.append(client.get(f"/jobs/{job_id}", headers={"Prefer": "wait=20"}))
             )
             waiter.start()
             time.sleep(0.2)
             web.send(signal.SIGTERM)
+            time.sleep(0.1)
+            assert 0 == folder("cancel", job_id, "--namespace", "shop").code
             waiter.join()
-            assert [(200, "queued")] == [(answer.status_code, answer.json()["state"]) for answer in answers]
+            assert [(200, "cancelled")] == [(answer.status_code, answer.json()["state"]) for answer in answers]
             assert 0 == web.ends()
 
 

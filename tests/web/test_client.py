@@ -293,7 +293,8 @@ def test_jobs_are_cancelled_retried_and_waited_for(mlq: MLQ, actors: MLQ, client
     running, waiting = client.submit("waits"), client.submit("echo", 1, delay=60)
     eventually(lambda: running.progress == 10)
     assert (State.RUNNING, None) == (running.state, running.position)
-    assert State.RUNNING is running.cancel()
+    # Told, it may have ended by the time that this is answered.
+    assert running.cancel() in (State.RUNNING, State.CANCELLED)
     with pytest.raises(JobCancelled):
         running.result(timeout=15)
     assert (State.CANCELLED, State.CANCELLED) == (waiting.cancel(), waiting.cancel())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import flask
@@ -13,9 +16,10 @@ from flask.testing import FlaskClient
 from hosting import PREFIX, bearer, mounted
 from support import fresh_app
 
-from mlqueue import MLQ, Settings, State
+from mlqueue import MLQ, Settings, State, codec
 from mlqueue.errors import InvalidJob, SettingsError
 from mlqueue.keys import SCOPES, ApiKeys
+from mlqueue.store import Connector
 from mlqueue.web import Principal
 from mlqueue.web import keys as key_auth
 from mlqueue.web.operation import Operation
@@ -32,6 +36,14 @@ EVERY = pytest.mark.parametrize("one", OPERATIONS, ids=lambda one: one.name)
 @pytest.fixture
 def guarded(mlq: MLQ) -> FlaskClient:
     return mounted(mlq, key_auth(mlq)).test_client()
+
+
+@pytest.fixture(scope="module")
+def shared(server: Settings) -> Iterator[tuple[ApiKeys, FlaskClient]]:
+    """Keys and a client of one namespace for all that is asked of every route."""
+    with fresh_app(server) as app:
+        app.store.connector.execute("PING")  # its connection is none that a test leaves behind
+        yield ApiKeys(app.store), mounted(app, key_auth(app)).test_client()
 
 
 def call(client: FlaskClient, one: Operation, headers: dict[str, str] | None = None) -> Any:
@@ -62,8 +74,9 @@ def test_every_route_but_those_for_everybody_asks_for_a_scope() -> None:
 
 
 @EVERY
-def test_without_a_valid_key_every_route_is_401(keys: ApiKeys, guarded: FlaskClient, one: Operation) -> None:
+def test_without_a_valid_key_every_route_is_401(shared: tuple[ApiKeys, FlaskClient], one: Operation) -> None:
     """F34."""
+    keys, guarded = shared
     token, key = keys.new("admin")
     keys.revoke(key.id)
     other = keys.new("admin")[0]
@@ -89,8 +102,26 @@ def test_without_a_valid_key_every_route_is_401(keys: ApiKeys, guarded: FlaskCli
 
 
 @EVERY
-def test_with_too_small_a_scope_every_route_is_403(keys: ApiKeys, guarded: FlaskClient, one: Operation) -> None:
+def test_a_key_that_was_just_right_and_is_revoked_is_401_on_every_route(
+    shared: tuple[ApiKeys, FlaskClient], one: Operation
+) -> None:
+    """F34: also where the process remembers the key."""
+    keys, guarded = shared
+    if one.name in OPEN:
+        return
+    token, key = keys.new("admin")
+    headers = {"Authorization": f"Bearer {token}"}
+    for _ in range(2):
+        assert 401 != call(guarded, one, headers).status_code
+    keys.revoke(key.id)
+    for _ in range(2):
+        assert 401 == call(guarded, one, headers).status_code
+
+
+@EVERY
+def test_with_too_small_a_scope_every_route_is_403(shared: tuple[ApiKeys, FlaskClient], one: Operation) -> None:
     """F34."""
+    keys, guarded = shared
     if one.scope is None:
         return
     others = [scope for scope in ("submit", "read") if scope != one.scope]
@@ -102,8 +133,9 @@ def test_with_too_small_a_scope_every_route_is_403(keys: ApiKeys, guarded: Flask
 
 @EVERY
 def test_with_its_scope_and_with_admin_every_route_is_answered(
-    keys: ApiKeys, guarded: FlaskClient, one: Operation
+    shared: tuple[ApiKeys, FlaskClient], one: Operation
 ) -> None:
+    keys, guarded = shared
     for scope in {one.scope or "read", "admin"}:
         answer = call(guarded, one, bearer(keys, scope))
         refused = one.name in ("add_consumer", "remove_consumer")
@@ -113,7 +145,10 @@ def test_with_its_scope_and_with_admin_every_route_is_answered(
 
 
 @EVERY
-def test_options_needs_no_key_and_tells_nothing_but_methods(guarded: FlaskClient, one: Operation) -> None:
+def test_options_needs_no_key_and_tells_nothing_but_methods(
+    shared: tuple[ApiKeys, FlaskClient], one: Operation
+) -> None:
+    _, guarded = shared
     path = one.rule.replace("<job_id>", "nope").replace("<actor>", "nope").replace("<extension>", "png")
     answer = guarded.open(PREFIX + path, method="OPTIONS")
     assert (200, b"") == (answer.status_code, answer.data)
@@ -138,6 +173,68 @@ def test_a_revoked_key_is_refused_at_once(keys: ApiKeys, guarded: FlaskClient) -
     assert 200 == guarded.get(f"{PREFIX}/jobs", headers=headers).status_code
     assert (True, False) == (keys.revoke(key.id), keys.revoke(key.id))
     assert 401 == guarded.get(f"{PREFIX}/jobs", headers=headers).status_code
+
+
+def test_with_a_key_that_is_remembered_and_revoked_nothing_is_told_or_done(
+    mlq: MLQ, keys: ApiKeys, guarded: FlaskClient
+) -> None:
+    token, key = keys.new("read,submit")
+    headers = {"Authorization": f"Bearer {token}"}
+    path = guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=headers).location
+    etag = guarded.get(path, headers=headers).headers["ETag"]
+    once = {**headers, "Idempotency-Key": "one"}
+    assert 202 == guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=once).status_code
+    keys.revoke(key.id)
+    asked = [
+        lambda more: guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=headers | more),
+        lambda more: guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=once | more),
+        lambda more: guarded.post(f"{PREFIX}/jobs", json={"mgs": 1}, headers=headers | more),
+        lambda more: guarded.post(f"{PREFIX}/jobs", data=b"[", content_type="application/json", headers=headers | more),
+        lambda more: guarded.post(f"{PREFIX}/jobs/bulk", json={"jobs": [{"msg": 1}]}, headers=headers | more),
+        lambda more: guarded.post(f"{PREFIX}/actors/nope", json={}, headers=headers | more),
+        lambda more: guarded.get(path, headers=headers | more),
+        lambda more: guarded.get(f"{path}x", headers=headers | more),
+    ]
+    with in_memory(guarded, token, key.id, "read"):
+        assert 401 == guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=headers).status_code
+    for number, ask in enumerate(asked):
+        for more in ({}, {"Accept": "application/json"}, {"Prefer": "wait=60"}, {"If-None-Match": etag}):
+            with in_memory(guarded, token, key.id):
+                assert 401 == ask(more).status_code, (number, more)
+    assert 2 == mlq.job_count()
+
+
+@contextlib.contextmanager
+def in_memory(client: FlaskClient, token: str, key_id: str, *scopes: str) -> Iterator[None]:
+    """Has the process remember a key that is not, or no longer, there."""
+    [mount] = client.application.extensions["mlqueue"].values()
+    remembered = mount.hooks[0]._keys._remembered
+    digest = hashlib.sha256(token.rpartition("_")[2].encode()).digest()
+    remembered[key_id] = codec.encode([digest, list(scopes or ("read", "submit")), "", 0.0])
+    yield
+    remembered.clear()
+
+
+def test_a_request_costs_one_call_of_the_store_with_a_key_too(
+    mlq: MLQ, keys: ApiKeys, guarded: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = bearer(keys, "read,submit")
+    path = guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=headers).location
+    calls = []
+    execute = Connector.execute
+    monkeypatch.setattr(
+        Connector, "execute", lambda self, *args, **more: calls.append(1) or execute(self, *args, **more)
+    )
+    record = {**headers, "Accept": "application/json"}
+    for status, ask in (
+        (202, lambda: guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=headers)),
+        (202, lambda: guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=record)),
+        (202, lambda: guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=record | {"Idempotency-Key": "k"})),
+        (202, lambda: guarded.post(f"{PREFIX}/jobs", json={"msg": 1}, headers=record | {"Idempotency-Key": "k"})),
+        (200, lambda: guarded.get(path, headers=headers)),
+    ):
+        calls.clear()
+        assert (status, 1) == (ask().status_code, len(calls))
 
 
 def test_a_key_is_for_one_namespace(mlq: MLQ, server: Settings, guarded: FlaskClient) -> None:

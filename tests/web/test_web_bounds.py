@@ -120,6 +120,49 @@ def test_no_body_that_is_refused_takes_more_than_three_times_the_limit(client: F
     assert peak < 3 * LIMIT, f"{peak / LIMIT:.1f} times the limit"
 
 
+#: Bodies of about a MiB that are taken: name, media type, what makes them.
+TAKEN: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "text": ("application/json", lambda: b'{"msg": "' + b"x" * (LIMIT - 100) + b'"}'),
+    "texts": ("application/json", lambda: b'{"msg": ["' + b'","'.join([b"x" * 47] * 20_000) + b'"]}'),
+    "escapes": ("application/json", lambda: b'{"msg": "' + b"\\u00e9" * 170_000 + b'"}'),
+    "bytes": ("application/msgpack", lambda: b"\x81\xa3msg\xc6\x00\x0f\xf0\x00" + bytes(0xFF000)),
+    "a file": (
+        "multipart/form-data; boundary=b",
+        lambda: (
+            b'--b\r\nContent-Disposition: form-data; name="msg"; filename="a"\r\n\r\n'
+            + b"x" * (LIMIT - 200)
+            + b"\r\n--b--"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k", "Accept": "application/json"}], ids=["", "with key"])
+def test_a_body_that_is_taken_takes_no_more_than_three_times_the_limit(
+    client: FlaskClient, name: str, headers: dict[str, str]
+) -> None:
+    """F26. That is: what is parsed, what is sent, and the buffer in which that was encoded; of the last another half is
+    asked for, but never touched."""
+    kind, make = TAKEN[name]
+    body = io.BytesIO(make())
+    size = len(body.getvalue())
+    assert 0.9 * LIMIT < size <= LIMIT
+    client.post(f"{PREFIX}/jobs", json={"msg": 1})  # what is imported late, is by now
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        length: Any = {"CONTENT_LENGTH": str(size)}
+        answer = client.post(
+            f"{PREFIX}/jobs", input_stream=body, content_type=kind, headers=headers, environ_overrides=length
+        )
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert 202 == answer.status_code, answer.text
+    assert peak < 4.1 * LIMIT, f"{peak / LIMIT:.1f} times the limit"
+
+
 def test_a_text_with_many_commas_is_not_many_values(mlq: MLQ, client: FlaskClient) -> None:
     text = ('1,2,[3],{4},\\"5\\",') * 10_000
     answer = client.post(f"{PREFIX}/jobs", data=f'{{"msg": "{text}"}}', content_type="application/json")

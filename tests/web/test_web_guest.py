@@ -17,6 +17,7 @@ from support import fresh_app
 from mlqueue import MLQ, Settings
 from mlqueue.errors import SettingsError
 from mlqueue.keys import ApiKeys
+from mlqueue.testing import temporary_server
 from mlqueue.web import create_blueprint
 from mlqueue.web import keys as key_auth
 
@@ -205,6 +206,22 @@ def test_a_store_that_cannot_be_reached_is_503_with_retry_after() -> None:
     for answer in asked:
         assert (503, "2") == (answer.status_code, answer.headers["Retry-After"]), answer.text
         assert "hunter2" not in answer.text
+
+
+def test_a_store_that_is_full_is_507_and_what_needs_no_room_goes_on() -> None:
+    with temporary_server() as settings, fresh_app(settings) as mlq:
+        client = mounted(mlq, allow_anonymous=True).test_client()
+        path = client.post(f"{PREFIX}/jobs", json={"msg": 1}).location
+        mlq.client.config_set("maxmemory", "1mb")
+        for way, body in (("jobs", {"msg": 2}), ("jobs/bulk", {"jobs": [{"msg": 2}]})):
+            for headers in ({}, {"Idempotency-Key": "k"}, {"Accept": "application/json"}):
+                answer = client.post(f"{PREFIX}/{way}", json=body, headers=headers)
+                assert (507, "2") == (answer.status_code, answer.headers["Retry-After"]), answer.text
+        assert [200, 200] == [client.get(path).status_code, client.delete(path).status_code]
+        # With room again the same request is a new one: nothing was kept of it.
+        mlq.client.config_set("maxmemory", "0")
+        answer = client.post(f"{PREFIX}/jobs", json={"msg": 2}, headers={"Idempotency-Key": "k"})
+        assert (202, None) == (answer.status_code, answer.headers.get("Idempotent-Replayed"))
 
 
 def test_requests_are_served_by_many_threads_at_once(mlq: MLQ, app: flask.Flask) -> None:

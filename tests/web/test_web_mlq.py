@@ -62,29 +62,29 @@ def test_progress_follows_the_job(mlq: MLQ, client: FlaskClient) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("value", "short", "full"),
-    [
-        (0, "0", b"0"),
-        ("", "", b""),
-        (False, "False", b"false"),
-        (None, "", b"null"),
-        ("text", "text", b"text"),
-        ([1, 2], "", b"[1,2]"),
-        (("s", b"\x00"), "s", b"\x00"),
-        ((7, {"a": 1}), "7", b'{"a":1}'),
-    ],
-)
-def test_results_are_as_mlq_promised_them(
-    mlq: MLQ, client: FlaskClient, value: object, short: str, full: bytes
-) -> None:
-    mlq.create_listener(lambda msg, utils: value)
-    job_id = client.post(f"{PREFIX}/jobs", json={"msg": 1}).text
-    assert mlq.job(job_id).wait(10)
-    assert (short, full) == (
-        client.get(f"{PREFIX}/jobs/{job_id}/short_result").text,
-        client.get(f"{PREFIX}/jobs/{job_id}/result").data,
-    )
+#: What a listener returns, and its short and its full result.
+RESULTS: list[tuple[object, str, bytes]] = [
+    (0, "0", b"0"),
+    ("", "", b""),
+    (False, "False", b"false"),
+    (None, "", b"null"),
+    ("text", "text", b"text"),
+    ([1, 2], "", b"[1,2]"),
+    (("s", b"\x00"), "s", b"\x00"),
+    ((7, {"a": 1}), "7", b'{"a":1}'),
+]
+
+
+def test_results_are_as_mlq_promised_them(mlq: MLQ, client: FlaskClient) -> None:
+    mlq.create_listener(lambda number, utils: RESULTS[number][0])
+    ids = [client.post(f"{PREFIX}/jobs", json={"msg": number}).text for number in range(len(RESULTS))]
+    for job_id, (value, short, full) in zip(ids, RESULTS, strict=True):
+        assert mlq.job(job_id).wait(10)
+        found = (
+            client.get(f"{PREFIX}/jobs/{job_id}/short_result").text,
+            client.get(f"{PREFIX}/jobs/{job_id}/result").data,
+        )
+        assert (short, full) == found, value
 
 
 def test_unknown_ids_are_404_in_text(client: FlaskClient) -> None:

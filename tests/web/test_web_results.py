@@ -13,10 +13,10 @@ import httpx
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
-from hosting import PREFIX, gunicorn
-from support import StartWorker
+from hosting import PREFIX, gunicorn, mounted
+from support import StartWorker, fresh_app
 
-from mlqueue import MLQ, Job, Result, codec
+from mlqueue import MLQ, Job, Result, Settings, codec
 from mlqueue.store.scripts import script
 from mlqueue.store.store import CHUNK, Settle, common_of, encode_result
 from mlqueue.web.results import ENCODED, SHOWN
@@ -28,6 +28,19 @@ OCTETS = "application/octet-stream"
 #: Media types that a browser shows or plays, and never runs.
 INERT = ("image/avif", "image/bmp", "image/gif", "image/jpeg", "image/png", "image/webp", "audio/", "video/")
 TEXTS = ("text/plain; charset=utf-8", "text/csv; charset=utf-8", "application/json")
+
+
+@pytest.fixture(scope="module")
+def one_mlq(server: Settings) -> Iterator[MLQ]:
+    """A namespace for all tests that look at a job of their own and nothing else."""
+    with fresh_app(server) as app:
+        app.store.connector.execute("PING")  # its connection is none that a test leaves behind
+        yield app
+
+
+@pytest.fixture(scope="module")
+def one_client(one_mlq: MLQ) -> FlaskClient:
+    return mounted(one_mlq, allow_anonymous=True).test_client()
 
 
 def ended(mlq: MLQ, value: object) -> str:
@@ -77,8 +90,10 @@ def get(client: FlaskClient, job_id: str, end: str = "", **headers: str) -> Any:
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_a_result_comes_as_what_it_is(mlq: MLQ, client: FlaskClient, value: Any, kind: str, body: bytes) -> None:
-    answer = get(client, ended(mlq, value))
+def test_a_result_comes_as_what_it_is(
+    one_mlq: MLQ, one_client: FlaskClient, value: Any, kind: str, body: bytes
+) -> None:
+    answer = get(one_client, ended(one_mlq, value))
     assert (200, kind, body) == (answer.status_code, answer.content_type, answer.data)
     assert str(len(body)) == answer.headers["Content-Length"]
 
@@ -191,8 +206,8 @@ def test_a_result_that_has_been_removed_is_404(mlq: MLQ, client: FlaskClient) ->
 
 
 @pytest.mark.parametrize("extension", sorted(SHOWN))
-def test_images_sound_films_and_text_are_shown(mlq: MLQ, client: FlaskClient, extension: str) -> None:
-    answer = get(client, ended(mlq, PNG), f".{extension}")
+def test_images_sound_films_and_text_are_shown(one_mlq: MLQ, one_client: FlaskClient, extension: str) -> None:
+    answer = get(one_client, ended(one_mlq, PNG), f".{extension}")
     assert (SHOWN[extension], "inline") == (answer.content_type, answer.headers["Content-Disposition"])
     assert answer.content_type.startswith(INERT) or answer.content_type in TEXTS
 
@@ -204,9 +219,9 @@ def test_images_sound_films_and_text_are_shown(mlq: MLQ, client: FlaskClient, ex
         *("pdf", "js", "mjs", "css", "swf", "wasm", "hta", "htc", "bin", "exe", "zip", "npy", "HTML", "Svg", "pht"),
     ],
 )
-def test_what_a_browser_would_run_is_saved(mlq: MLQ, client: FlaskClient, extension: str) -> None:
-    job_id = ended(mlq, b"<script>alert(1)</script>")
-    answer = get(client, job_id, f".{extension}")
+def test_what_a_browser_would_run_is_saved(one_mlq: MLQ, one_client: FlaskClient, extension: str) -> None:
+    job_id = ended(one_mlq, b"<script>alert(1)</script>")
+    answer = get(one_client, job_id, f".{extension}")
     assert (OCTETS, f"attachment; filename={job_id}.{extension.lower()}") == (
         answer.content_type,
         answer.headers["Content-Disposition"],
@@ -231,10 +246,10 @@ def test_what_a_browser_would_run_is_saved(mlq: MLQ, client: FlaskClient, extens
     ],
 )
 def test_the_type_that_a_job_declares_is_used_only_if_a_browser_runs_none_of_it(
-    mlq: MLQ, client: FlaskClient, declared: str, shown: str | None
+    one_mlq: MLQ, one_client: FlaskClient, declared: str, shown: str | None
 ) -> None:
-    job_id = ended(mlq, Result(None, b"<script>alert(1)</script>", declared))
-    answer = get(client, job_id)
+    job_id = ended(one_mlq, Result(None, b"<script>alert(1)</script>", declared))
+    answer = get(one_client, job_id)
     assert (shown or OCTETS) == answer.content_type
     assert ("inline" if shown else "attachment") == answer.headers["Content-Disposition"].partition(";")[0]
 
@@ -278,16 +293,18 @@ NAMES = ("", ".html", ".jpg", ".png", ".gif", ".svg", ".xml", ".pdf", ".js", ".t
 
 
 @pytest.mark.parametrize("name", POLYGLOTS)
-def test_no_polyglot_comes_as_anything_that_a_browser_would_run(mlq: MLQ, client: FlaskClient, name: str) -> None:
+def test_no_polyglot_comes_as_anything_that_a_browser_would_run(
+    one_mlq: MLQ, one_client: FlaskClient, name: str
+) -> None:
     assert len(POLYGLOTS) >= 30
     content = POLYGLOTS[name]
     text = content.decode("latin-1")
     declared = ["text/html", "image/jpeg", "application/pdf"]
-    ids = [ended(mlq, value) for value in (content, text, *(Result(None, content, kind) for kind in declared))]
+    ids = [ended(one_mlq, value) for value in (content, text, *(Result(None, content, kind) for kind in declared))]
     for job_id in ids:
         for end in NAMES:
             for accept in ("text/html", "application/json", ENCODED) if end in NAMES[:3] else ("*/*",):
-                answer = get(client, job_id, end, Accept=accept)
+                answer = get(one_client, job_id, end, Accept=accept)
                 headers = answer.headers
                 assert (200, "nosniff") == (answer.status_code, headers["X-Content-Type-Options"])
                 assert "default-src 'none'" in headers["Content-Security-Policy"]

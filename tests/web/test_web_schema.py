@@ -158,7 +158,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(hint=SCHEMAS | st.sampled_from([Point, Loose, Tree, list[Point], Point | None]), value=VALUES)
 def test_what_is_accepted_is_what_the_schema_says(hint: Any, value: Any) -> None:
     schema = schema_of(hint)

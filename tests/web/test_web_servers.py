@@ -1,13 +1,8 @@
-"""The blueprint under real servers: threads, processes, forks, and processes that are killed."""
+"""The blueprint under real servers: threads, processes, forks and greenlets."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import random
-import signal
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,10 +10,11 @@ from typing import Any
 import httpx
 import pytest
 import waitress
-from hosting import PREFIX, answers, free_port, gunicorn, gunicorn_process, mounted
+from hosting import PREFIX, answers, free_port, gunicorn, mounted
 from support import StartWorker, eventually
 
 from mlqueue import MLQ, current_job
+from mlqueue.embedded import EmbeddedServer
 
 
 def post_many(client: httpx.Client, count: int, threads: int = 8) -> list[str]:
@@ -40,8 +36,9 @@ def post_many(client: httpx.Client, count: int, threads: int = 8) -> list[str]:
         ["--worker-class", "gthread", "--threads", "8"],
         # The app, its connections and its bell are made and used before the fork.
         ["--preload", "--worker-class", "gthread", "--threads", "4", "--workers", "2"],
+        ["--worker-class", "gevent"],
     ],
-    ids=["sync", "gthread", "preload"],
+    ids=["sync", "gthread", "preload", "gevent"],
 )
 def test_it_works_under_gunicorn(mlq: MLQ, tmp_path: Path, start_worker: StartWorker, arguments: list[str]) -> None:
     @mlq.actor(http=True)
@@ -55,6 +52,19 @@ def test_it_works_under_gunicorn(mlq: MLQ, tmp_path: Path, start_worker: StartWo
         answer = client.post("/actors/double", json={"args": [21]}, headers={"Prefer": "wait=10"})
         assert (200, 42) == (answer.status_code, answer.json()["result"])
     assert 60 == mlq.job_count()
+
+
+def test_it_starts_the_embedded_server_under_gevent_which_has_patched_everything(mlq: MLQ, tmp_path: Path) -> None:
+    """gevent's Popen forks in Python and waits for signals, and its close closes later."""
+    home = tmp_path / "home"
+    unset = {"MLQUEUE_URL": "", "MLQUEUE_HOME": str(home), "MLQUEUE_SERVER_GRACE": "1"}
+    try:
+        with gunicorn(mlq, tmp_path, "--worker-class", "gevent", **unset) as client:
+            assert 60 == len(set(post_many(client, 60)))
+            assert "60" == client.get("/jobs/count").text
+    finally:
+        EmbeddedServer(home).stop()
+    assert 0 == mlq.job_count()
 
 
 def test_it_works_under_waitress(mlq: MLQ) -> None:
@@ -87,60 +97,10 @@ def test_those_who_wait_leave_threads_for_others(mlq: MLQ, tmp_path: Path, start
     start_worker(threads=1)
     eventually(lambda: mlq.store.published("slow"))
     with gunicorn(mlq, tmp_path, "--threads", "20") as client, ThreadPoolExecutor(16) as pool:
-        waiting = [pool.submit(client.post, "/actors/slow", json={}, headers={"Prefer": "wait=2"}) for _ in range(16)]
+        waiting = [pool.submit(client.post, "/actors/slow", json={}, headers={"Prefer": "wait=1"}) for _ in range(16)]
         eventually(lambda: mlq.job_count() == 16)
         assert "ok" == client.get("/healthz").text
         # One more would have to wait, and is answered.
-        last = client.post("/actors/slow", json={}, headers={"Prefer": "wait=2"})
+        last = client.post("/actors/slow", json={}, headers={"Prefer": "wait=1"})
         assert (202, None) == (last.status_code, last.headers.get("Preference-Applied"))
         assert [202] * 16 == [one.result().status_code for one in waiting]
-
-
-@pytest.mark.faults
-def test_every_key_has_one_job_and_every_202_its_job_when_web_processes_are_killed(mlq: MLQ, tmp_path: Path) -> None:
-    """F4: kill -9 of the processes that answer, during 1,000 POSTs that are sent again with their keys."""
-    done = threading.Event()
-    kills = 0
-
-    with gunicorn_process(mlq, tmp_path, "--threads", "4", "--workers", "2") as (client, process):
-
-        def kill() -> None:
-            nonlocal kills
-            while not done.wait(random.uniform(0.1, 0.25)):
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                if children:
-                    os.kill(int(random.choice(children)), signal.SIGKILL)
-                    kills += 1
-
-        tries: Counter[int] = Counter()
-
-        def post(number: int) -> str:
-            for _ in itertools.count():
-                tries[number] += 1
-                assert tries[number] < 500
-                try:
-                    answer = client.post(
-                        "/jobs",
-                        json={"msg": number},
-                        headers={"Idempotency-Key": f"key {number}", "Connection": "close"},
-                    )
-                except httpx.TransportError:
-                    done.wait(0.02)
-                    continue
-                assert 202 == answer.status_code, answer.text
-                return answer.text
-            raise AssertionError
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                ids = list(pool.map(post, range(1000)))
-        finally:
-            done.set()
-            killer.join()
-    assert (1000, 1000) == (len(set(ids)), mlq.job_count())
-    assert list(range(1000)) == [mlq.get_job(job_id)["msg"] for job_id in ids]
-    print(f"\n{kills} kills, {sum(tries.values()) - 1000} POSTs sent again", end=" ")
-    assert kills >= 5
-    assert sum(tries.values()) > 1000

@@ -77,7 +77,7 @@ States: q queued (also in shelf i: queued, to be run alone), w scheduled, r runn
   finish       turn, settle      r     s                 must be equal  c
   reschedule   turn, settle      r     w, or q at once   must be equal  c
   bury         turn, settle      r     d                 must be equal  c
-  give back    turn, settle      r     q                 must be equal  c
+  give back    turn, settle      r     q, or w if later  must be equal  c
   release      release, sweep    r     q, or d           worker equal   c
   cancel       cancel            q w   c                 -              -
   flag         cancel            r     r, flag set       -              -

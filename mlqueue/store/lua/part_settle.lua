@@ -84,10 +84,14 @@ function settle_verbs.b(id, rec, s)
   finish(id, rec, 'd', { 'g', s[8] }, -1)
 end
 
--- Given back unharmed: it did not start, or the worker is being drained.
-function settle_verbs.l(id, rec)
+-- Given back unharmed: it did not start, or the worker is being drained, or it is not its time. s: ..., delay (ms; may be
+-- missing)
+function settle_verbs.l(id, rec, s)
   if rec.cancel then
     return cancelled(id, rec, 'lost')
+  end
+  if s[8] and s[8] > 0 then
+    return schedule(id, rec, NOW + s[8], {})
   end
   requeue(id, rec, {})
 end
