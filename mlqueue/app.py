@@ -48,6 +48,8 @@ SUBMIT_OPTIONS: Final = frozenset(
         "max_crashes",
         "max_stalls",
         "job_timeout",
+        "queue_timeout",
+        "hard_time_limit",
         "callback",
     }
 )
@@ -93,10 +95,10 @@ class Actor(dramatiq.Actor[P, R]):
         """Submits a job with these arguments. It exists in the store when this returns.
 
         ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes``,
-        ``max_stalls``, ``job_timeout`` (seconds) and ``callback`` (a URL) among the keywords are options of the job,
-        unless the actor has a parameter of that name; where a type checker should see both, use `with_options`.
-        Raises `InvalidJob` for arguments that the actor does not take, `EncodeError` for values that cannot be sent,
-        `StoreUnavailable`.
+        ``max_stalls``, ``job_timeout``, ``queue_timeout``, ``hard_time_limit`` (seconds) and ``callback`` (a URL) among
+        the keywords are options of the job, unless the actor has a parameter of that name; where a type checker should
+        see both, use `with_options`. Raises `InvalidJob` for arguments that the actor does not take, `EncodeError` for
+        values that cannot be sent, `StoreUnavailable`.
         """
         options = {name: kwargs.pop(name) for name in self._submit_options.intersection(kwargs)}
         return BoundOptions(self, options).submit(*args, **kwargs)
@@ -212,7 +214,7 @@ def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | N
         raise InvalidJob("both delay and eta were given: one of them says when the job may start.")
     if eta is not None:
         rest["eta"] = round(eta * 1000)
-    for name in ("result_ttl", "job_timeout"):
+    for name in ("result_ttl", "job_timeout", "queue_timeout", "hard_time_limit"):
         if rest.get(name) is not None:
             rest[name] = seconds(rest[name], name)
     if "tags" in rest:
@@ -319,6 +321,9 @@ class MLQ:
         Takes every option of ``dramatiq.actor``, with Dramatiq's names and units (milliseconds), and of ours:
         ``result_ttl`` (seconds for which the result is kept, None for ever), ``tags``, ``max_crashes``,
         ``max_stalls``, ``job_timeout`` (seconds after which a running attempt is given up and the job started anew),
+        ``queue_timeout`` (seconds within which it is to begin, else it is dead), ``hard_time_limit`` (seconds after
+        which the process that runs it is killed), ``kill`` (whether its process is killed when it is cancelled or runs
+        too long and does not end),
         ``waits_count`` (whether the time for which it waits for other jobs counts against its ``time_limit``),
         ``sync_ack``. Declared again from the same module, as by a notebook's cell that is run
         again, it replaces the actor of that name.

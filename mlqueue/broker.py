@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 import dramatiq
@@ -24,6 +25,7 @@ from dramatiq.results import Results
 
 from . import codec
 from .beside import Beside
+from .board import Board, Entry
 from .callbacks import callback_actor
 from .delivery import Delivery, current_delivery, describe, storing
 from .errors import MLQueueError
@@ -47,8 +49,23 @@ logger = logging.getLogger("mlqueue.broker")
 
 #: Actor options of ours; the others are Dramatiq's.
 OWN_OPTIONS: Final = frozenset(
-    {"sync_ack", "tags", "max_crashes", "max_stalls", "job_timeout", "callback", "waits_count", "http"}
+    {
+        "sync_ack",
+        "tags",
+        "max_crashes",
+        "max_stalls",
+        "job_timeout",
+        "queue_timeout",
+        "hard_time_limit",
+        "kill",
+        "callback",
+        "waits_count",
+        "http",
+    }
 )
+
+#: How long a job with ``kill=True`` has to end before its process is killed, in seconds, where no setting says.
+DEFAULT_GRACE: Final = 10.0
 
 #: How often worker threads are counted that are still alive, in seconds.
 COUNT_THREADS_EVERY: Final = 0.5
@@ -89,6 +106,11 @@ class StoreBroker(Broker):
         #: What web processes are told of the actors that are declared with ``http=True``.
         self.published: dict[str, bytes] = {}
         self.worker: dramatiq.Worker | None = None
+        #: Where jobs in hand are written down for who looks after this process; None while nobody does.
+        self.board: Board | None = None
+        #: How long a cancelled or overdue job has to end before its process is killed; None for those only whose actors
+        #: say so.
+        self.kill_grace = settings.kill_grace
         #: How long the jobs of a worker that is stopped may go on, in seconds.
         self.patience = settings.drain
         self._stopping_since = 0.0
@@ -97,6 +119,7 @@ class StoreBroker(Broker):
         self._worker_id = worker_id
         self._only_alone = only_alone
         self._helper: HeartbeatHelper | None = None
+        self._warned = False
         self._local = threading.local()
         self._hooked: list[Middleware] = []
         self._hooks: dict[str, list[Any]] = {}
@@ -117,7 +140,11 @@ class StoreBroker(Broker):
         if actor.queue_name == CALLBACKS:
             actor.fn = storing(actor.fn, self._keep_result, self._disarm)
             return  # no Worker is to have a consumer for it
-        check_options({"callback": actor.options.get("callback")})
+        for name in ("job_timeout", "queue_timeout", "hard_time_limit"):
+            if isinstance(actor.options.get(name), timedelta):
+                actor.options[name] = actor.options[name].total_seconds()
+        checked = ("callback", "job_timeout", "queue_timeout", "hard_time_limit", "kill")
+        check_options({name: actor.options[name] for name in checked if name in actor.options})
         self.emit_before("declare_actor", actor)
         self.declare_queue(actor.queue_name)
         self.published.pop(actor.actor_name, None)
@@ -283,6 +310,8 @@ class StoreBroker(Broker):
             if delivery is not None:
                 delivery.begun_at = time.monotonic()
                 delivery.thread = threading.get_ident()
+                if self.board is not None:
+                    self._write_down(self.board, delivery)
         elif signal == "worker_boot":
             self._before_worker_boot(args[0])
         elif signal == "worker_shutdown":
@@ -326,6 +355,35 @@ class StoreBroker(Broker):
             stored = stored._replace(chunks=())
         delivery.result = stored
 
+    def _write_down(self, board: Board, delivery: Delivery) -> None:
+        """Before a job begins: from here on it may be the reason of whatever happens to this process."""
+        held = delivery.held
+        if held.queue == CALLBACKS:
+            return
+        actor = self.actors.get(held.actor)
+        options = {} if actor is None else actor.options
+        entry = Entry(held.id, held.attempt)
+        limit = delivery.options.get("hard_time_limit", options.get("hard_time_limit"))
+        if limit is not None:
+            entry.hard, entry.hard_limit = time.monotonic() + limit, limit
+        kill = delivery.options.get("kill", options.get("kill"))
+        if kill or (kill is None and self.kill_grace is not None):
+            entry.grace = DEFAULT_GRACE if self.kill_grace is None else self.kill_grace
+        delivery.slot = board.begin(entry)
+        if entry.limited and self._helper is not None and not self._warned:
+            self._warned = True
+            logger.warning(
+                "job %s: hard_time_limit and kill need a supervisor, which kills a process and starts another; this "
+                "one has none, and is not killed. Run the job under `mlqueue worker`",
+                held.id,
+            )
+
+    def prolong_time_limit(self, delivery: Delivery, by: float) -> None:
+        """Gives a job that runs `by` seconds more until its time limit strikes."""
+        for item in self.middleware:
+            if isinstance(item, TimeLimit) and delivery.thread is not None:
+                item.prolong(delivery.thread, by)
+
     def pause_time_limit(self, delivery: Delivery) -> Callable[[], None]:
         """Stops the clock of a job's time limit, unless it asks that waiting counts; what starts it again."""
         actor = self.get_actor(delivery.actor_name)
@@ -333,12 +391,22 @@ class StoreBroker(Broker):
         if delivery.thread is None or counts:
             return lambda: None
         resumes = [item.pause(delivery.thread) for item in self.middleware if isinstance(item, TimeLimit)]
+        self._tell_soft_limit(delivery)
 
         def resume_all() -> None:
             for resume in resumes:
                 resume()
+            self._tell_soft_limit(delivery)
 
         return resume_all
+
+    def _tell_soft_limit(self, delivery: Delivery) -> None:
+        if delivery.slot is None or delivery.thread is None:
+            return
+        for item in self.middleware:
+            # Of one that has struck the time stays: its grace runs.
+            if isinstance(item, TimeLimit) and (when := item.deadlines.when(delivery.thread)) < float("inf"):
+                delivery.slot.change(soft=when)
 
     def _disarm(self) -> None:
         """In the thread of an actor call that has ended: no time limit may strike from here on."""
@@ -349,6 +417,8 @@ class StoreBroker(Broker):
     def settle(self, pump: Pump, delivery: Delivery) -> None:
         """Ends the attempt: the verdict is frozen here, before Dramatiq clears the exception."""
         self._local.settling = None
+        if delivery.slot is not None:
+            delivery.slot.end()
         delivery.progress = self.progress.take(delivery)
         actor = self.actors.get(delivery.actor_name)
         try:
@@ -366,13 +436,14 @@ class StoreBroker(Broker):
 
     # Workers
 
-    def supervise(self, worker_id: str, *, only_alone: bool = False) -> None:
+    def supervise(self, worker_id: str, *, only_alone: bool = False, board: Board | None = None) -> None:
         """Has the next worker of this broker take an incarnation that its supervisor has chosen, and beats for.
 
-        `only_alone`: it takes only jobs that are to run alone.
+        `only_alone`: it takes only jobs that are to run alone. `board`: where it writes down what it has in hand.
         """
         self._worker_id = worker_id
         self._only_alone = only_alone
+        self.board = board
 
     def _new_pump(self) -> Pump:
         return Pump(
@@ -436,7 +507,8 @@ class StoreBroker(Broker):
         # Where jobs go that were submitted by name before any worker had declared their actor.
         self.declare_queue("default")
         if self._worker_id is None:
-            self._helper = HeartbeatHelper(self.store, self.pump.worker)
+            self.board = Board.create()
+            self._helper = HeartbeatHelper(self.store, self.pump.worker, self.board)
             self._helper.start()
 
     def _after_worker_boot(self) -> None:
@@ -470,12 +542,15 @@ class StoreBroker(Broker):
             # Before the worker is released: a beat after that would make it known again.
             self._helper.stop()
             self._helper = None
+            if self.board is not None:
+                self.board.close_fd()
+        self.board = None
         if pump is not None:
             pump.end(broken=self.broken.is_set())
 
     def forget_parents_worker(self) -> None:
         """In a process that was forked: the worker, its threads and what they had in hand are those of the parent."""
-        self.pump = self.beside = self.worker = self._helper = None
+        self.pump = self.beside = self.worker = self._helper = self.board = None
 
     def give_up(self) -> None:
         """Gives back at once what the worker of this process runs, without a strike. The process is about to end."""

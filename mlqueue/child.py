@@ -5,6 +5,7 @@ the socket ends says that the supervisor is gone. The child sends lines of JSON,
 
 ``app``      the modules are imported; the namespace, the settings of its store, queues and actors
 ``ready``    the worker has started
+``limited``  the first job begins for which this process may have to be killed: its board is to be looked at
 ``failed``   it cannot boot; what to tell the user
 ``bye``      the worker has been stopped in order; why, and how many jobs it ran. Without it, an end is a crash
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import faulthandler
+import functools
 import importlib
 import json
 import logging
@@ -34,6 +36,7 @@ from dramatiq.middleware import Middleware
 
 from . import listeners
 from .app import MLQ, instances
+from .board import Board
 from .broker import StoreBroker
 from .errors import MLQueueError, SettingsError, StoreError
 from .heartbeat import dump_settings
@@ -80,6 +83,10 @@ class Order:
     max_rss: int | None
     #: Whether it takes only jobs to be run alone, and ends when there are none.
     only_alone: bool
+    #: How long jobs have to end before their process is killed, in seconds; None for what the app's settings say.
+    kill_grace: float | None = None
+    #: The descriptor of the board on which it writes what it has in hand; None for none.
+    board: int | None = None
     log_level: str
 
 
@@ -182,9 +189,11 @@ class Child:
         try:
             if self.app is not None:
                 # Else it would fetch, as long as it lives, the jobs that it gives back.
-                if self.app.broker.pump is not None:
-                    self.app.broker.pump.stop_fetching()
-                self.app.store.release(self.order.worker, "stall", "the supervisor of its worker was lost")
+                pump = self.app.broker.pump
+                if pump is not None:
+                    pump.stop_fetching()
+                begun = None if pump is None else pump.begun()
+                self.app.store.release(self.order.worker, "stall", "the supervisor of its worker was lost", begun=begun)
         except (StoreError, OSError) as error:
             logger.error("the jobs could not be given back; they will be when the lease ends: %s", error)
         finally:
@@ -201,7 +210,13 @@ class Child:
         broker, queues = app.broker, self.order.queues
         check_queues(broker, queues)
         self._handle_signals()
-        broker.supervise(self.order.worker, only_alone=self.order.only_alone)
+        board = None if self.order.board is None else Board(self.order.board)
+        if board is not None:
+            board.close_fd()
+            board.on_limited = functools.partial(self.channel.send, "limited")
+        broker.supervise(self.order.worker, only_alone=self.order.only_alone, board=board)
+        if self.order.kill_grace is not None:
+            broker.kill_grace = self.order.kill_grace
         broker.add_middleware(self.jobs)
         self.channel.send(
             "app",

@@ -50,6 +50,7 @@ from .job import (
     Result,
     State,
     new_id,
+    positive,
     seconds,
     timestamp,
 )
@@ -64,7 +65,7 @@ T = TypeVar("T")
 ENCODED: Final = "application/vnd.mlqueue.value"
 
 #: Options of a job among the keywords of `Client.submit`: those that may be chosen over HTTP.
-OPTIONS: Final = frozenset({"callback", "delay", "priority", "tags"})
+OPTIONS: Final = frozenset({"callback", "delay", "hard_time_limit", "priority", "queue_timeout", "tags"})
 
 #: How many jobs one request submits.
 BULK: Final = 500
@@ -104,9 +105,10 @@ class Client:
     def submit(self, actor_name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Submits a job of an actor that is declared with ``http=True``. It exists when this returns.
 
-        ``callback``, ``delay`` (seconds), ``priority`` and ``tags`` among the keywords are options of the job; where
-        the actor has parameters of these names, `submit_many` tells them apart. Raises `InvalidArguments` with the path
-        to what the actor does not take, `ActorNotFound`, `Forbidden`, `EncodeError` ...
+        ``callback``, ``delay``, ``queue_timeout`` and ``hard_time_limit`` (seconds), ``priority`` and ``tags`` among
+        the keywords are options of the job; where the actor has parameters of these names, `submit_many` tells them
+        apart. Raises `InvalidArguments` with the path to what the actor does not take, `ActorNotFound`, `Forbidden`,
+        `EncodeError` ...
         """
         options = {name: kwargs.pop(name) for name in OPTIONS.intersection(kwargs)}
         body = {**_options(options), "args": list(args), "kwargs": kwargs}
@@ -292,6 +294,13 @@ class Job(Generic[R_co]):
         except InvalidTransition:
             return self.state
 
+    def extend(self, seconds: float | timedelta) -> None:
+        """Gives the running job so much more time, as `mlqueue.Job.extend` does. Raises `InvalidTransition` for one
+        that does not run."""
+        body = json.dumps({"seconds": positive(seconds, "extend")}).encode()
+        headers = {"Content-Type": "application/json"}
+        self._http.json("POST", self._path("extend"), body=body, headers=headers, again=False)
+
     def redeliver(self, url: str | None = None) -> None:
         """Has the callback of the ended job delivered again, to `url` where one is given.
 
@@ -405,8 +414,9 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidJob(
                 f"{name} is no option that may be chosen over HTTP; these are {', '.join(sorted(OPTIONS))}."
             )
-    if "delay" in options:
-        options["delay"] = seconds(options["delay"], "delay")
+    for name in ("delay", "queue_timeout", "hard_time_limit"):
+        if name in options:
+            options[name] = seconds(options[name], name)
     if "tags" in options:
         if isinstance(options["tags"], str):
             raise InvalidJob(f"tags={options['tags']!r}: give a list of texts: tags=[{options['tags']!r}].")

@@ -12,6 +12,7 @@ from . import codec
 from .data import Data
 from .delivery import Delivery, HandBack, current_delivery
 from .errors import NoCurrentJob
+from .job import positive
 
 if TYPE_CHECKING:
     from .broker import StoreBroker
@@ -125,6 +126,13 @@ class CurrentJob:
     def fetch_data(self, key: str) -> bytes | None:
         """What some job kept under `key`, as bytes; None when there is nothing."""
         return Data(self._broker.store).get(key)
+
+    def extend(self, seconds: float | timedelta) -> None:
+        """Gives this attempt so much more time: its ``time_limit``, ``hard_time_limit`` and ``job_timeout`` (that of a
+        reaper, too) are over that much later. Raises `StaleAttempt` when it no longer holds the job."""
+        held = self._delivery.held
+        total = self._broker.store.extend(held.id, positive(seconds, "extend"), attempt=held.attempt)
+        self._delivery.extend_to(total)
 
     def hand_back(self) -> None:
         """Ends this attempt here and gives the job back to its queue, without a strike. Does not return."""

@@ -8,6 +8,7 @@ not picked twice.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypedDict, Unpack
 
 from . import codec
-from .dead_lines import read_line, write_line
-from .errors import DecodeError, InvalidJob, JobNotFound
+from .dead_lines import MAX_CHECKPOINT, read_line, write_line
+from .errors import DecodeError, InvalidJob, JobNotFound, ResultMissing
 from .files import replacing
-from .job import Attempt, DeadReason, JobError, JobRecord, State, seconds
+from .job import Attempt, DeadReason, JobError, JobRecord, State, new_id, seconds
 from .message import LISTENER, OPTION_CHECKS
 from .store import Store
 from .store.store import SUBMIT_BYTES, DeadPlace
@@ -339,7 +340,17 @@ class DeadLetters:
         for batch in _batches(self._ids(query), WHOLE):
             for found in self._store.records_and_bodies(batch):
                 if found is not None and found[0].state is State.DEAD:
-                    yield write_line(*found)
+                    yield write_line(*found, self._checkpoint(found[0]))
+
+    def _checkpoint(self, record: JobRecord) -> bytes | None:
+        if not record.has_checkpoint:
+            return None
+        with contextlib.suppress(ResultMissing):  # it was put back meanwhile
+            return self._store.load_checkpoint(record.id, MAX_CHECKPOINT)
+        return None
+
+    def _write_checkpoint(self, job_id: str, data: bytes) -> tuple[int, bytes, int, str]:
+        return self._store.write_checkpoint(job_id, data, new_id()[-12:])
 
     def _import(self, lines: Iterable[str | bytes]) -> Imported:
         done = Imported([], [])
@@ -349,7 +360,7 @@ class DeadLetters:
             if not line.strip():
                 continue
             try:
-                job_id, item = read_line(line, self._store.settings.max_message_bytes)
+                job_id, item = read_line(line, self._store.settings.max_message_bytes, self._write_checkpoint)
             except InvalidJob as error:
                 self._make(pending, done)
                 raise InvalidJob(

@@ -1,8 +1,9 @@
 """A dead letter as a line of JSON, and back.
 
 A line is an object: the fields of the record by their names, ``args``, ``kwargs`` and ``options`` for people to read,
-and ``body``, base64, from which the job is made again. Whoever hands in a line is not trusted: what is read is checked
-field by field, and of the options of the message only those are taken that say how the job itself is run.
+and ``body``, base64, from which the job is made again; ``checkpoint`` likewise, if it has one that is not too large.
+Whoever hands in a line is not trusted: what is read is checked field by field, and of the options of the message only
+those are taken that say how the job itself is run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ IMPORTABLE: Final = frozenset(
         "max_backoff",
         "max_age",
         "time_limit",
+        "hard_time_limit",
+        "kill",
         "notify_shutdown",
         "store_results",
         "waits_count",
@@ -64,10 +67,14 @@ EXPORTED: Final = (
     "callback",
     "result_ttl",
     "job_timeout",
+    "queue_timeout",
     "max_crashes",
     "max_stalls",
     "has_checkpoint",
 )
+
+#: The largest checkpoint that travels in a line, in bytes.
+MAX_CHECKPOINT: Final = 64 * 2**20
 
 #: Those of them that are options of the job; they are checked as such.
 OPTIONS: Final = (
@@ -77,13 +84,14 @@ OPTIONS: Final = (
     "functions",
     "result_ttl",
     "job_timeout",
+    "queue_timeout",
     "max_crashes",
     "max_stalls",
 )
 
 
-def write_line(record: JobRecord, body: bytes) -> str:
-    """A dead job with its message as a line."""
+def write_line(record: JobRecord, body: bytes, checkpoint: bytes | None = None) -> str:
+    """A dead job with its message, and its checkpoint, as a line."""
     fields = record.asdict()
     entry = {name: fields[name] for name in EXPORTED}
     try:
@@ -93,10 +101,16 @@ def write_line(record: JobRecord, body: bytes) -> str:
     else:
         entry |= {"args": args, "kwargs": kwargs, "options": options}
     whole = plain(entry) | {"body": base64.b64encode(body).decode()}
+    if checkpoint is not None:
+        whole["checkpoint"] = base64.b64encode(checkpoint).decode()
     return json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_line(line: str | bytes, max_body: int) -> tuple[str, bytes]:
+#: Writes the parts of a checkpoint: the id of the job and the checkpoint to what `pack_dead` takes of it.
+WriteCheckpoint = Callable[[str, bytes], tuple[int, bytes, int, str]]
+
+
+def read_line(line: str | bytes, max_body: int, write_checkpoint: WriteCheckpoint) -> tuple[str, bytes]:
     """The id of a line's job, and the job as the store takes it (`mlqueue.store.records.pack_dead`). Raises
     `InvalidJob`."""
     try:
@@ -107,8 +121,10 @@ def read_line(line: str | bytes, max_body: int) -> tuple[str, bytes]:
         raise InvalidJob(f"it is JSON, but a {type(entry).__name__}; a dead letter is an object.")
     fields = _read_fields(entry)
     job = NewJob(**fields, body=_read_body(entry, max_body))
+    record, checkpoint = _read_record(entry, fields), _read_checkpoint(entry)
+    written = None if checkpoint is None else write_checkpoint(job.id, checkpoint)
     try:
-        return job.id, pack_dead(job, _read_record(entry, fields))
+        return job.id, pack_dead(job, record, written)
     except (OverflowError, UnicodeEncodeError) as error:
         raise InvalidJob(f"a number or a text in it cannot be kept ({error}).") from None
 
@@ -117,7 +133,7 @@ def _read_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What a job and its record have in common."""
     options = {name: entry[name] for name in OPTIONS if entry.get(name) not in (None, [])}
     check_options(options)
-    for name in ("result_ttl", "job_timeout"):
+    for name in ("result_ttl", "job_timeout", "queue_timeout"):
         if name in options:
             options[name] = seconds(options[name], name)
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
@@ -150,6 +166,20 @@ def _read_body(entry: Mapping[str, Any], most: int) -> bytes:
             f"{', '.join(sorted(IMPORTABLE))}. Submit the job anew, or requeue it where it died."
         )
     return body
+
+
+def _read_checkpoint(entry: Mapping[str, Any]) -> bytes | None:
+    if entry.get("checkpoint") is None:
+        return None
+    text = _field(entry, "checkpoint", _is_text, "the checkpoint in base64, or null")
+    if len(text) > 4 * MAX_CHECKPOINT // 3 + 4:
+        raise InvalidJob(f"checkpoint has more than {MAX_CHECKPOINT:,} bytes; leave it out.")
+    try:
+        data = base64.b64decode(text, validate=True)
+        codec.decode(data)
+    except (ValueError, DecodeError) as error:
+        raise InvalidJob(f"checkpoint is none ({error}); leave it out.") from None
+    return data
 
 
 def _read_record(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> JobRecord:
@@ -185,6 +215,7 @@ def _read_attempt(entry: Mapping[str, Any]) -> Attempt:
         started_at=timestamp(entry.get("started_at"), "started_at") or 0.0,
         ended_at=timestamp(entry.get("ended_at"), "ended_at") or 0.0,
         outcome=_field(entry, "outcome", _is_name, "a text that is not empty"),
+        stage=_text(entry, "stage"),
         error=_read_error(entry),
     )
 

@@ -19,10 +19,11 @@ from typing import Any, Final
 
 import dramatiq
 from dramatiq import Message, MessageProxy
-from dramatiq.middleware import SkipMessage
+from dramatiq.middleware import SkipMessage, TimeLimitExceeded
 from dramatiq.middleware.shutdown import Shutdown
 from dramatiq.middleware.threading import Interrupt, raise_thread_exception
 
+from .board import Slot
 from .job import DeadReason, JobError, NewJob, Result, seconds
 from .store import Held, Settle
 from .store.store import StoredResult, common_of, encode_result
@@ -104,6 +105,11 @@ class Delivery(MessageProxy):
         self._running_in: int | None = None
         # Held while an exception is raised: after `_leave` none can come any more.
         self._interrupting = threading.Lock()
+        #: Where its supervisor sees that it has begun, and how long it may run; None when nobody looks there.
+        self.slot: Slot | None = None
+        #: By how many seconds its limits were prolonged, and of that what has been made known.
+        self.extended_by = 0.0
+        self._prolonged_by = 0.0
         #: The data for `CurrentJob`, made when the job first asks.
         self.context: Any = None
 
@@ -124,6 +130,20 @@ class Delivery(MessageProxy):
         if wake is not None:
             wake()
 
+    def extend_to(self, total: float) -> None:
+        """Its limits are over `total` seconds later than they were at its start. Called in any thread."""
+        with self._interrupting:
+            self.extended_by = max(total, self.extended_by)
+            if self._running_in is not None:
+                self._prolong()
+
+    def _prolong(self) -> None:
+        by, self._prolonged_by = self.extended_by - self._prolonged_by, self.extended_by
+        if by > 0:
+            self.broker.prolong_time_limit(self, by)
+            if self.slot is not None:
+                self.slot.prolong(by, self.extended_by)
+
     def check_interrupt(self) -> None:
         """Raises `Cancelled` if that was asked for."""
         if self.interrupt_reason:
@@ -143,11 +163,15 @@ class Delivery(MessageProxy):
     def _enter(self) -> None:
         with self._interrupting:
             self._running_in = threading.get_ident()
+            if self.extended_by:
+                self._prolong()
         self.check_interrupt()
 
     def _leave(self) -> None:
         with self._interrupting:
             thread, self._running_in = self._running_in, None
+            if self.slot is not None:
+                self.slot.end()
             if self.interrupt_reason and thread is not None:
                 # One that has not been seen yet must not strike what comes after the job.
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None)
@@ -171,12 +195,15 @@ class Delivery(MessageProxy):
         if self.heeded or isinstance(exception, Cancelled):
             return Settle.cancelled(job_id, attempt, common_of(self.progress))
         if not failed and self.retry_delay is not None:
-            return Settle.reschedule(job_id, attempt, self.retry_delay, self.error(), common)
+            return Settle.reschedule(job_id, attempt, self.retry_delay, self.error(), common, stage=self._stage())
         if not failed and self.skipped:
             return Settle.finish(job_id, attempt, encode_result(Result()), common)
         if not failed and self.result is not None and exception is None:
             return Settle.finish(job_id, attempt, self.result, common)
-        return Settle.bury(job_id, attempt, self._reason(), self.error(), common)
+        return Settle.bury(job_id, attempt, self._reason(), self.error(), common, stage=self._stage())
+
+    def _stage(self) -> str:
+        return "interrupted" if isinstance(self._exception, TimeLimitExceeded) else ""
 
     def _reason(self) -> DeadReason:
         if self.refusal is not None:

@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from . import codec
 from .errors import JobCancelled, JobFailed, MLQueueError, ResultTimeout
-from .job import JobError, JobRecord, Result, State, seconds
+from .job import JobError, JobRecord, Result, State, positive, seconds
 from .message import check_options
 from .nested import await_end, wait_end
 from .store import Store
@@ -162,6 +162,11 @@ class Job(Generic[R_co]):
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""
         return self._store.cancel(self.id)
+
+    def extend(self, seconds: float | timedelta) -> None:
+        """Gives the running job so much more time: ``time_limit``, ``hard_time_limit`` and ``job_timeout`` of this
+        attempt are over that much later. Raises `InvalidTransition` for a job that does not run."""
+        self._store.extend(self.id, positive(seconds, "extend"))
 
     def redeliver(self, url: str | None = None) -> None:
         """Has the callback of the ended job delivered again, to `url` where one is given.

@@ -21,9 +21,10 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+from .board import Board
 from .errors import StoreError
 from .processes import interpreter_command, is_stopped
 from .settings import Settings
@@ -46,6 +47,9 @@ LONGEST_ELECTION: Final = 4.5
 
 #: How long after the end of an election the others come, at random, in seconds.
 ELECTION_JITTER: Final = (0.02, 0.2)
+
+#: How often jobs are looked at that may have to be killed, in seconds.
+WATCH_INTERVAL: Final = 1.0
 
 #: The pause after a call that the store did not take, in seconds.
 RETRY_PAUSE: Final = 0.5
@@ -76,6 +80,7 @@ class Beater:
       store: The store of their namespace.
       living: Gives the workers whose leases are to be renewed now. Called in this thread.
       on_waiting: Told after each beat how many jobs wait to be run alone.
+      watch: Called every second, in this thread; it may call the store.
     """
 
     def __init__(
@@ -84,10 +89,13 @@ class Beater:
         living: Callable[[], Iterable[str]],
         *,
         on_waiting: Callable[[int], None] = lambda count: None,
+        watch: Callable[[], None] | None = None,
     ) -> None:
         self.store = store
         self._living = living
         self._on_waiting = on_waiting
+        self._watch = watch
+        self._watch_at = 0.0
         self._id = uuid.uuid4().hex
         self._condition = threading.Condition()
         self._orders: deque[Callable[[], None]] = deque()
@@ -108,10 +116,24 @@ class Beater:
             self._condition.notify_all()
 
     def release(
-        self, worker: str, reason: str, detail: str, told: Callable[[dict[str, str]], None] = lambda outcomes: None
+        self,
+        worker: str,
+        reason: str,
+        detail: str,
+        told: Callable[[dict[str, str]], None] = lambda outcomes: None,
+        *,
+        begun: Mapping[str, int] | None = None,
+        dooms: Mapping[str, tuple[int, str]] | None = None,
     ) -> None:
-        """Has the jobs of a worker that is gone released; `told` gets what became of each, in this thread."""
-        self.order(lambda: told(self.store.release(worker, reason, detail)))
+        """Has the jobs of a worker that is gone released; `told` gets what became of each, in this thread. `begun` and
+        `dooms` as for `Store.release`."""
+        self.order(lambda: told(self.store.release(worker, reason, detail, begun=begun, dooms=dooms)))
+
+    def watch_now(self) -> None:
+        """Has `watch` called as soon as possible."""
+        with self._condition:
+            self._watch_at = 0.0
+            self._condition.notify_all()
 
     def close(self, timeout: float) -> bool:
         """Carries out what was ordered and ends; False when that took longer than `timeout` seconds."""
@@ -134,7 +156,7 @@ class Beater:
                 pause = self._look_after()
             with self._condition:
                 if self._answering:
-                    self._condition.wait_for(lambda: self._orders or self._closing, pause)
+                    self._condition.wait_for(lambda: self._orders or self._closing or self._watch_is_due(), pause)
             if not self._answering:
                 time.sleep(pause)
 
@@ -158,7 +180,14 @@ class Beater:
             self._beat_at = now + (self.store.settings.lease / BEATS_PER_LEASE if beaten else RETRY_PAUSE)
         if now >= self._sweep_at and not self._ask(self._sweep):
             self._sweep_at = time.monotonic() + RETRY_PAUSE
-        return max(0.0, min(self._beat_at, self._sweep_at) - time.monotonic())
+        if self._watch is not None and self._watch_is_due():
+            self._watch_at = time.monotonic() + WATCH_INTERVAL
+            self._ask(self._watch)
+        due = min(self._beat_at, self._sweep_at, math.inf if self._watch is None else self._watch_at)
+        return max(0.0, due - time.monotonic())
+
+    def _watch_is_due(self) -> bool:
+        return self._watch is not None and time.monotonic() >= self._watch_at
 
     def _beat(self) -> None:
         workers = list(self._living())
@@ -211,9 +240,10 @@ class HeartbeatHelper:
     the worker's jobs at once, and ends.
     """
 
-    def __init__(self, store: Store, worker: str) -> None:
+    def __init__(self, store: Store, worker: str, board: Board | None = None) -> None:
         self._store = store
         self._worker = worker
+        self._board = board
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -240,11 +270,13 @@ class HeartbeatHelper:
         self._thread.join()
 
     def _spawn(self) -> None:
+        board = None if self._board is None else self._board.fd
         order = {
             "settings": dump_settings(self._store),
             "namespace": self._store.namespace,
             "worker": self._worker,
             "parent": self._owner,
+            "board": board,
         }
         with self._lock:
             self._process = None
@@ -256,6 +288,7 @@ class HeartbeatHelper:
                     bufsize=0,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
+                    pass_fds=() if board is None else (board,),
                     start_new_session=True,
                 )
             except OSError as error:
@@ -342,6 +375,7 @@ def _serve(order: dict[str, Any]) -> None:
     settings = load_settings(order["settings"])
     store = Store(Connector(settings), order["namespace"], settings)
     worker, parent = order["worker"], order["parent"]
+    board = None if order["board"] is None else Board(order["board"])
     beater = Beater(store, lambda: [] if is_stopped(parent) else [worker])
     beater.start()
     if _wait_for_end(parent):
@@ -351,7 +385,8 @@ def _serve(order: dict[str, Any]) -> None:
         if outcomes:
             logger.warning("process %d ended without stopping its worker: %s", parent, in_words(outcomes))
 
-    beater.release(worker, "crash", "its process ended without stopping its worker", told)
+    begun = None if board is None else board.begun()
+    beater.release(worker, "crash", "its process ended without stopping its worker", told, begun=begun)
     beater.close(LAST_WORDS)
 
 

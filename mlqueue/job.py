@@ -67,7 +67,7 @@ class DeadReason(StrEnum):
     CRASHED = "crashed"
     #: Its worker or its machine was lost ``max_stalls`` times.
     STALLED = "stalled"
-    #: It was older than ``max_age`` when its turn came.
+    #: It was older than ``max_age`` when its turn came, or had not begun within its ``queue_timeout``.
     EXPIRED = "expired"
     #: Its message or its options are not what a job has.
     UNDECODABLE = "undecodable"
@@ -111,6 +111,9 @@ class Attempt:
     #: ``failed``, ``crashed``, ``stalled``, or the reason for which the job was buried.
     outcome: str
     error: JobError | None
+    #: How a limit of time ended it: ``interrupted`` (an exception was raised in it) or ``killed`` (with its process);
+    #: None when none did.
+    stage: str | None = None
 
 
 class CallbackState(StrEnum):
@@ -216,6 +219,8 @@ class NewJob:
     callback: str | None = None
     #: Seconds after which a running attempt is given up and the job started anew.
     job_timeout: float | None = None
+    #: Seconds within which it is to begin, counted from when it is due; afterwards it is dead.
+    queue_timeout: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,13 +271,17 @@ class JobRecord:
     timeouts: int = 0
     #: Its own timeout in seconds; None when it has none (a reaper may bind one to the namespace).
     job_timeout: float | None = None
+    #: Within how many seconds it was to begin; None when it may wait for ever.
+    queue_timeout: float | None = None
+    #: By how many seconds its running attempt, or the last one, was prolonged.
+    extended_by: float = 0.0
     #: Its own ``max_crashes`` and ``max_stalls``; None where the settings' count.
     max_crashes: int | None = None
     max_stalls: int | None = None
     #: The id of the job that it waits for now.
     waits_for: str | None = None
     #: How its cancelling ended it: ``waiting`` (it never ran), ``raised`` (it was stopped), ``ended`` (it had ended by
-    #: itself by then), ``lost`` (its worker was); None unless it is cancelled.
+    #: itself by then), ``killed`` (with its process), ``lost`` (its worker was); None unless it is cancelled.
     cancel_stage: str | None = None
     #: The URL that is fetched when it has ended, and how that stands; with the full record only.
     callback: str | None = None
@@ -339,6 +348,14 @@ def seconds(value: float | timedelta | None, name: str) -> float | None:
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1e11:
         raise InvalidJob(f"{name}={value!r}: a duration is a number of seconds (0 or more) or a timedelta.")
     return float(number)
+
+
+def positive(value: float | timedelta, name: str) -> float:
+    """As `seconds`, of a duration that must not be none."""
+    number = seconds(value, name)
+    if not number:
+        raise InvalidJob(f"{name}={value!r}: it is a number of seconds (more than 0) or a timedelta.")
+    return number
 
 
 def timestamp(value: float | datetime | None, name: str) -> float | None:

@@ -34,6 +34,7 @@ LIFTED: Final = frozenset(
         "callback",
         "functions",
         "job_timeout",
+        "queue_timeout",
     }
 )
 
@@ -129,6 +130,15 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "a list of 1 to 100 names of functions, or None for all",
     ),
     "job_timeout": (lambda value: value is None or (_is_number(value) and value > 0), "seconds (more than 0), or None"),
+    "queue_timeout": (
+        lambda value: value is None or (_is_number(value) and value > 0),
+        "seconds (more than 0), or None",
+    ),
+    "hard_time_limit": (
+        lambda value: value is None or (_is_number(value) and value > 0),
+        "seconds (more than 0), or None",
+    ),
+    "kill": (lambda value: isinstance(value, bool), "a bool"),
     "waits_count": (lambda value: isinstance(value, bool), "a bool"),
 }
 
@@ -178,6 +188,7 @@ def to_job(
         callback=options.get("callback"),
         functions=tuple(options.get("functions") or ()),
         job_timeout=options.get("job_timeout"),
+        queue_timeout=options.get("queue_timeout"),
     )
 
 

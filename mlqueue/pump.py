@@ -409,7 +409,7 @@ class Pump:
         """Notes that jobs which did not start are to be given back. The lock is held."""
         for delivery in deliveries:
             self._forget(delivery)
-            settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of())
+            settle = Settle.give_back(delivery.held.id, delivery.held.attempt, common_of(), begun=False)
             self._unsettled.append(Unsettled(settle))
 
     def _take_ready(self) -> list[Delivery]:
@@ -429,6 +429,10 @@ class Pump:
             self._condition.notify_all()
         self.wake()
 
+    def begun(self) -> dict[str, int]:
+        """The attempts in hand that have begun, by job."""
+        return {one.held.id: one.held.attempt for one in self._all_in_hand() if one.begun_at is not None}
+
     def end(self, *, broken: bool = False) -> None:
         """The worker has stopped: forgets it, and what it still runs goes back without a strike. With a strike when it
         is `broken`: some of these jobs have killed their threads, and would go on killing."""
@@ -437,7 +441,7 @@ class Pump:
         if self._started:
             reason, why = ("crash", "a thread of its worker died") if broken else ("drain", "the worker was stopped")
             try:
-                self.store.release(self.worker, reason, why)
+                self.store.release(self.worker, reason, why, begun=self.begun())
             except StoreError as error:
                 logger.warning("worker %s could not be released; its lease will end by itself: %s", self.worker, error)
         self._hang_up()
@@ -765,6 +769,14 @@ class Pump:
             self.lanes_changed()  # there is a list of functions that this worker may have
         elif token[:1] == "c":
             self._interrupt(token[1:], lambda delivery: delivery.cancel())
+        elif token[:1] == "x":
+            attempt, total, job_id = token[1:].split(" ", 2)
+            self._interrupt(
+                job_id,
+                lambda delivery: (
+                    delivery.extend_to(int(total) / 1000) if delivery.held.attempt == int(attempt) else None
+                ),
+            )
         elif token[:1] == "t":
             attempt, _, job_id = token[1:].partition(" ")
             self._interrupt(
@@ -794,6 +806,8 @@ class Pump:
             if record is not None and record.attempt == delivery.held.attempt and record.worker == self.worker:
                 if record.cancel_requested_at is not None:
                     delivery.cancel()
+                if record.extended_by:
+                    delivery.extend_to(record.extended_by)
             elif record is not None:
                 delivery.interrupt("the job was taken from this worker and given to others")
 

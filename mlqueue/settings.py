@@ -338,6 +338,14 @@ class Settings:
             _Duration(0, _DAY),
         ),
     )
+    kill_grace: float | None = field(
+        default=None,
+        metadata=_about(
+            "How long a cancelled or overdue job has to end before its process is killed, under `mlqueue worker`.",
+            _Duration(0, _DAY),
+            none="10s for the jobs of actors with kill=True, no others are killed",
+        ),
+    )
     processes: int | None = field(
         default=None,
         metadata=_about("How many processes `mlqueue worker` runs.", _Count(1, 4096), none="one per core"),

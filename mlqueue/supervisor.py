@@ -26,9 +26,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from .board import Board
 from .child import Order
 from .errors import SettingsError
 from .heartbeat import Beater, in_words, load_settings
+from .overdue import LOOK_INTERVAL, Doom, Watch
 from .processes import interpreter_command, is_gone, is_stopped, place
 from .settings import Settings
 from .store import Connector, Store
@@ -89,9 +91,15 @@ class _Seat:
 class _Child:
     """A child process, from the outside."""
 
-    def __init__(self, seat: _Seat, worker: str, process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    def __init__(
+        self, seat: _Seat, worker: str, process: subprocess.Popen[bytes], channel: socket.socket, board: Board
+    ) -> None:
         self.seat = seat
         self.worker = worker
+        self.board = board
+        self.watch = Watch(board)
+        #: The jobs for which it was killed.
+        self.dooms: list[Doom] = []
         self.process = process
         self.channel = channel
         self.spawned_at = time.monotonic()
@@ -186,6 +194,8 @@ class Supervisor:
         self._alone_waiting = False
         #: The workers to beat for, and their process ids; replaced as a whole, since the beater's thread reads it.
         self._living: tuple[tuple[str, int], ...] = ()
+        #: Likewise what may have to be killed in each.
+        self._watched: tuple[tuple[Watch, str], ...] = ()
         self._store: Store | None = None
         self._beater: Beater | None = None
         self._ever_ready = False
@@ -229,10 +239,34 @@ class Supervisor:
         for child in self._children():
             if child.process.poll() is not None:
                 self._on_exit(child)
+            elif dooms := self._dooms(child):
+                self._kill_for(child, dooms)
             elif child.deadline is not None and time.monotonic() >= child.deadline:
                 logger.warning("%s has not ended in time and is killed", child.name)
                 child.deadline = None
                 child.kill()
+
+    def _dooms(self, child: _Child) -> list[Doom]:
+        """The jobs for which a child is to be killed."""
+        if child.watch.idle or child.killed:
+            return []
+        now = time.monotonic()
+        if self._beater is not None and child.known and child.watch.has_due(now):
+            self._beater.watch_now()  # it may have been prolonged
+        return child.watch.dooms(now)
+
+    def _kill_for(self, child: _Child, dooms: list[Doom]) -> None:
+        for doom in dooms:
+            logger.warning("%s is killed (pid %d) for job %s: %s", child.name, child.process.pid, doom.job_id, doom.why)
+        child.dooms = dooms
+        child.kill()
+
+    def _watch(self) -> None:
+        """In the beater's thread: asks the store about jobs that may have to be killed."""
+        store = self._store
+        for watch, worker in self._watched:
+            if store is not None and not watch.idle:
+                watch.ask(functools.partial(store.standing, worker))
 
     def _is_over(self) -> bool:
         return self._stopping_since is not None and not self._children()
@@ -240,6 +274,8 @@ class Supervisor:
     def _pause(self) -> float:
         times = [seat.due for seat in self._seats if seat.due is not None]
         times += [child.deadline for child in self._children() if child.deadline is not None]
+        if any(not child.watch.idle for child in self._children()):
+            times.append(time.monotonic() + LOOK_INTERVAL)
         if self._wants_extra():
             times.append(self._extra_after)
         return max(0.0, min([LONGEST_SLEEP, *(moment - time.monotonic() for moment in times)]))
@@ -342,30 +378,33 @@ class Supervisor:
     def _spawn(self, seat: _Seat) -> None:
         seat.due = None
         ours, theirs = socket.socketpair()
+        board = Board.create()
         worker = uuid.uuid4().hex
         try:
             process = subprocess.Popen(
                 interpreter_command("mlqueue.child", str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=[fd for fd in (theirs.fileno(), board.fd) if fd is not None],
                 env=environment_under(self.settings),
                 # So that a terminal's Ctrl-C reaches the supervisor alone.
                 start_new_session=True,
             )
         except OSError as error:
             ours.close()
+            board.close_fd()
             logger.error("worker %d cannot be spawned: %s", seat.number, error)
             self._schedule(seat, LONGEST_PAUSE)
             return
         finally:
             theirs.close()
         with contextlib.suppress(OSError):  # one that has died already is seen by its exit
-            ours.sendall(json.dumps(dataclasses.asdict(self._order(seat, worker))).encode() + b"\n")
+            ours.sendall(json.dumps(dataclasses.asdict(self._order(seat, worker, board))).encode() + b"\n")
+        board.close_fd()
         ours.setblocking(False)
-        seat.child = child = _Child(seat, worker, process, ours)
+        seat.child = child = _Child(seat, worker, process, ours, board)
         self._selector.register(ours, selectors.EVENT_READ, functools.partial(self._on_message, child))
 
-    def _order(self, seat: _Seat, worker: str) -> Order:
+    def _order(self, seat: _Seat, worker: str, board: Board) -> Order:
         return Order(
             number=seat.number,
             worker=worker,
@@ -377,6 +416,8 @@ class Supervisor:
             max_jobs=None if seat.alone else self.max_jobs,
             max_rss=None if seat.alone else self.max_rss,
             only_alone=seat.alone,
+            kill_grace=self.settings.kill_grace,
+            board=board.fd,
             log_level=self.settings.log_level,
         )
 
@@ -442,7 +483,14 @@ class Supervisor:
         if self._beater is None or not child.known:
             return
         reason = "drain" if child.killed or child.bye not in (None, "broken") else "crash"
-        self._beater.release(child.worker, reason, how, functools.partial(self._on_released, child.name))
+        self._beater.release(
+            child.worker,
+            reason,
+            how,
+            functools.partial(self._on_released, child.name),
+            begun=child.board.begun(),
+            dooms={doom.job_id: (doom.attempt, doom.why) for doom in child.dooms},
+        )
 
     def _on_released(self, name: str, outcomes: dict[str, str]) -> None:
         """In the beater's thread."""
@@ -459,7 +507,7 @@ class Supervisor:
     def _replace(self, child: _Child, how: str) -> None:
         if child.seat.alone:
             self._replace_extra(child)
-        elif child.bye in ("recycle", "drain"):
+        elif child.bye in ("recycle", "drain") or child.dooms:
             child.seat.failures = 0
             child.seat.due = time.monotonic()
         elif child.ready_at is None:
@@ -515,12 +563,14 @@ class Supervisor:
         self.namespace = namespace
         used = load_settings(settings)
         self._store = store = Store(Connector(used), namespace, used)
-        self._beater = beater = Beater(store, self._beating, on_waiting=self._tell_waiting)
+        self._beater = beater = Beater(store, self._beating, on_waiting=self._tell_waiting, watch=self._watch)
         beater.order(functools.partial(release_lost, store))
         beater.start()
 
     def _count_living(self) -> None:
-        self._living = tuple((child.worker, child.process.pid) for child in self._children() if child.known)
+        known = [child for child in self._children() if child.known]
+        self._living = tuple((child.worker, child.process.pid) for child in known)
+        self._watched = tuple((child.watch, child.worker) for child in known)
 
     def _beating(self) -> list[str]:
         """The workers to beat for: a child that is stopped cannot work, and others may have its jobs. In the

@@ -61,6 +61,8 @@ from .middleware import AsyncIO
 from .pump import Pump
 from .settings import Settings
 from .store import Connector, Store
+from .store.records import CALLBACK, CALLBACKS
+from .store.store import Count
 from .waiting import close_bell
 
 __all__ = ["drain", "eager", "isolated", "temporary_app", "temporary_server"]
@@ -164,9 +166,9 @@ def drain(
 ) -> list[JobRecord]:
     """Runs the jobs that wait, with an embedded worker in this process, until none is left.
 
-    Jobs that these jobs submit run too, and retries, whose backoff is not waited for. Jobs of actors that this app does
-    not declare are left as they are. Gives the records of the jobs that ended meanwhile, in the order of their end; a
-    job that failed is among them (state ``dead``), and no error here.
+    Jobs that these jobs submit run too, callbacks are delivered, and retries of both are not waited for. Jobs of actors
+    that this app does not declare are left as they are. Gives the records of the jobs that ended meanwhile, in the
+    order of their end; a job that failed is among them (state ``dead``), and no error here.
 
     Parameters:
       mlq: The app.
@@ -206,8 +208,11 @@ def _wait_until_drained(broker: StoreBroker, queues: Collection[str], delayed: b
             if not count.state.ended and count.actor in broker.actors and count.queue in queues
         ]
         if all(count.state is State.SCHEDULED for count in left):
-            if not left or not _hasten(broker, queues, delayed=delayed):
+            hastened = left and _hasten(broker, queues, delayed=delayed)
+            callbacks = 0 if hastened else _hasten_callbacks(broker.store)
+            if not hastened and not callbacks:
                 return
+            left = left or [Count(State.QUEUED, CALLBACKS, CALLBACK, callbacks)]
             if broker.pump is not None:
                 broker.pump.lanes_changed()  # to have it look at once
         if time.monotonic() >= deadline:
@@ -227,6 +232,15 @@ def _hasten(broker: StoreBroker, queues: Collection[str], *, delayed: bool) -> i
     if due:
         store.connector.client.zadd(f"{store.root}:sched", due, xx=True)
     return len(due)
+
+
+def _hasten_callbacks(store: Store) -> int:
+    """Makes callbacks due that are tried again later; how many there are that have not been delivered or given up."""
+    records = store.page(states=tuple(set(State) - ENDED), queue=CALLBACKS, limit=1000).jobs
+    due = {record.id: 0 for record in records if record.state is State.SCHEDULED}
+    if due:
+        store.connector.client.zadd(f"{store.root}:sched", due, xx=True)
+    return len(records)
 
 
 @contextlib.contextmanager

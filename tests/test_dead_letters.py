@@ -21,7 +21,7 @@ import pytest
 from dramatiq.middleware import SkipMessage
 from support import counting_proxy, eventually, fresh_app
 
-from mlqueue import MLQ, DeadReason, InvalidJob, InvalidTransition, JobNotFound, Settings, State, codec
+from mlqueue import MLQ, DeadReason, InvalidJob, InvalidTransition, JobNotFound, Settings, State, codec, current_job
 from mlqueue.dead_letters import BATCH, LOOKS, PAGE
 from mlqueue.dead_lines import IMPORTABLE, read_line
 from mlqueue.job import Attempt, JobError, JobRecord, NewJob, new_id
@@ -890,8 +890,47 @@ def test_an_import_beside_a_live_worker_runs_nothing_and_calls_nobody_back(mlq: 
     assert mlq.job_count() == 0
 
 
+@pytest.mark.parametrize("size", [10, 9 * 2**20])
+def test_a_checkpoint_travels_with_its_letter(mlq: MLQ, server: Settings, size: int) -> None:
+    @mlq.actor(max_retries=0)
+    def train() -> int:
+        job = current_job()
+        if job.attempt == 1:
+            job.save_checkpoint({"w": b"x" * size})
+            raise ValueError
+        return len(job.load_checkpoint()["w"])
+
+    job = train.submit()
+    drain(mlq)
+    lines = io.StringIO()
+    mlq.dead_letters.export(lines)
+    with fresh_app(server) as other:
+        other.actor(train.fn.__wrapped__, actor_name="train", max_retries=0)
+        assert other.dead_letters.import_(lines.getvalue().splitlines()).created == [job.id]
+        assert other.job(job.id).record.has_checkpoint
+        other.dead_letters.requeue(job.id)
+        drain(other)
+        assert other.job(job.id).result() == size
+        other.dead_letters.purge_all()
+    entry = json.loads(lines.getvalue())
+    for wrong in (7, "no base64!", "wQ=="):
+        with pytest.raises(InvalidJob, match="checkpoint"):
+            mlq.dead_letters.import_([json.dumps({**entry, "id": "other", "checkpoint": wrong})])
+
+
+def test_a_large_checkpoint_is_left_where_it_is(mlq: MLQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlqueue.dead_letters.MAX_CHECKPOINT", 5)
+    job_id = bury(mlq.store)
+    mlq.client.hset(f"{mlq.store.root}:ck:{job_id}", mapping={"v": codec.encode("123456"), "g": "g", "z": 7})
+    mlq.client.hset(f"{mlq.store.root}:j:{job_id}", "K", 1)
+    lines = io.StringIO()
+    mlq.dead_letters.export(lines)
+    entry = json.loads(lines.getvalue())
+    assert (entry["has_checkpoint"], "checkpoint" in entry) == (True, False)
+
+
 def test_a_malformed_item_makes_no_job_that_would_run(mlq: MLQ) -> None:
-    _, good = read_line(json.dumps(exported(mlq)), 1000)
+    _, good = read_line(json.dumps(exported(mlq)), 1000, lambda job_id, data: (0, data, 0, ""))
     for cut in (good[:-3], b"", b"\x90", b"\xc0"):
         answer = mlq.store._run("import", -1, cut)
         assert answer[0].startswith(b"error "), cut

@@ -247,7 +247,7 @@ class FakeStore:
         self.beaten.append(workers)
         return 7
 
-    def release(self, worker: str, reason: str, detail: str) -> dict[str, str]:
+    def release(self, worker: str, reason: str, detail: str, **known: object) -> dict[str, str]:
         self._check()
         self.released.append((worker, reason))
         return {"j": "queued"}

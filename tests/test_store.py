@@ -922,7 +922,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"count", "dead", "events", "list", "oldest", "read", "workers"}
+READERS = {"count", "dead", "events", "list", "oldest", "read", "standing", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",
@@ -930,6 +930,7 @@ ON_A_FULL_SERVER = {
     "cancel",
     "claim",
     "drop_data",
+    "extend",
     "flush",
     "listen",
     "note_callback",

@@ -50,6 +50,23 @@ class Model:
     checkpoint: bytes | None = None
     timeouts: int = 0
     waits: str | None = None
+    #: Whether it has a queue timeout, whether that runs, and the attempt with which it was begun.
+    hurried: bool = False
+    in_time: bool = False
+    began: int = 0
+    extended: float = 0.0
+
+    def start(self, worker: str) -> None:
+        self.state, self.worker = State.RUNNING, worker
+        self.attempt += 1
+        self.progress = None if self.attempt > 1 else self.progress
+        self.extended = 0.0
+        if self.in_time:
+            self.in_time, self.began = False, self.attempt
+
+    def put_back_unbegun(self) -> None:
+        self.state = State.QUEUED
+        self.in_time = self.hurried and self.began == self.attempt
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -89,8 +106,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Producers
 
-    @rule(actor=st.sampled_from("abc"), priority=st.integers(-1, 1), delayed=st.booleans())
-    def submit(self, actor: str, priority: int, delayed: bool) -> None:
+    @rule(actor=st.sampled_from("abc"), priority=st.integers(-1, 1), delayed=st.booleans(), hurried=st.booleans())
+    def submit(self, actor: str, priority: int, delayed: bool, hurried: bool = True) -> None:
         job_id = new_id()
         self.numbers += 1
         new = NewJob(
@@ -101,11 +118,12 @@ class StoreMachine(RuleBasedStateMachine):
             priority=priority,
             delay=FAR if delayed else None,
             job_timeout=FAR,
+            queue_timeout=FAR if hurried else None,
         )
         assert [True] == self.store.submit([new])
         assert [False] == self.store.submit([new])
         state = State.SCHEDULED if delayed else State.QUEUED
-        self.model[job_id] = Model(self.numbers, actor, priority, state)
+        self.model[job_id] = Model(self.numbers, actor, priority, state, hurried=hurried, in_time=hurried)
         self.jobs.append(job_id)
 
     # Workers
@@ -145,9 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert expected == [held.id for held in turn.jobs]
         for held in turn.jobs:
             job = self.model[held.id]
-            job.state, job.worker = State.RUNNING, worker
-            job.attempt += 1
-            job.progress = None if job.attempt > 1 else job.progress
+            job.start(worker)
             if job.crashes >= 2:
                 self.alone[worker] = held.id
             assert (job.attempt, job.retries, job.crashes) == (held.attempt, held.retries, held.crashes)
@@ -198,12 +214,27 @@ class StoreMachine(RuleBasedStateMachine):
             job.state, job.reason = State.DEAD, DeadReason.FAILED
 
     @precondition(lambda self: self.attempts)
-    @rule(which=WHICH)
-    def give_back(self, which: int) -> None:
+    @rule(which=WHICH, begun=st.booleans())
+    def give_back(self, which: int, begun: bool) -> None:
         held = self.attempts[which % len(self.attempts)]
-        job = self.settle(Settle.give_back(held.id, held.attempt, common_of()), held)
-        if job:
+        job = self.settle(Settle.give_back(held.id, held.attempt, common_of(), begun=begun), held)
+        if job and begun:
             job.state = State.QUEUED
+        elif job:
+            job.put_back_unbegun()
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=WHICH, by=st.integers(1, 100), from_within=st.booleans())
+    def extend(self, which: int, by: int, from_within: bool) -> None:
+        held = self.attempts[which % len(self.attempts)]
+        job = self.holds(held) if from_within else self.model.get(held.id)
+        if job is None or job.state is not State.RUNNING:
+            error = StaleAttempt if from_within else InvalidTransition
+            with pytest.raises(error if held.id in self.model else JobNotFound):
+                self.store.extend(held.id, by, attempt=held.attempt if from_within else None)
+            return
+        job.extended += by
+        assert job.extended == self.store.extend(held.id, by, attempt=held.attempt if from_within else None)
 
     @precondition(lambda self: self.attempts)
     @rule(which=WHICH, value=st.integers(0, 100))
@@ -229,22 +260,42 @@ class StoreMachine(RuleBasedStateMachine):
 
     # What goes wrong
 
-    @rule(slot=SLOT, reason=REASON)
-    def lose_worker(self, slot: int, reason: str) -> None:
+    @rule(slot=SLOT, reason=REASON, unbegun=st.integers(0, 2), doomed=st.booleans())
+    def lose_worker(self, slot: int, reason: str, unbegun: int = 0, doomed: bool = False) -> None:
         worker = self.workers[slot]
         held = [job_id for job_id, job in self.model.items() if job.worker == worker and job.state is State.RUNNING]
-        outcomes = self.store.release(worker, reason, "gone")
+        begun = {job_id: self.model[job_id].attempt for job_id in held[unbegun:]}
+        # For the last that has begun the process was killed.
+        doom = list(begun)[-1] if doomed and begun else None
+        outcomes = self.store.release(
+            worker,
+            reason,
+            "gone",
+            begun=begun if unbegun else None,
+            dooms=None if doom is None else {doom: (begun[doom], "too long")},
+        )
         assert set(held) == set(outcomes)
         self.alive.discard(worker)
-        self.lose_all(held, reason)
+        if reason == "crash" and not begun:
+            begun = dict.fromkeys(held, 0)  # where none had begun any may be the reason
+        self.lose_all(held, reason, [job_id for job_id in held if job_id not in begun], doom)
 
-    def lose_all(self, held: Iterable[str], reason: str) -> None:
+    def lose_all(self, held: Iterable[str], reason: str, unbegun: Iterable[str] = (), doom: str | None = None) -> None:
+        held = [job_id for job_id in held if job_id not in unbegun]
+        for job in (self.model[job_id] for job_id in unbegun):
+            if job.cancel:
+                job.state, job.checkpoint = State.CANCELLED, None
+            else:
+                job.put_back_unbegun()
         jobs = [self.model[job_id] for job_id in held]
+        if doom is not None:
+            self.run_out(self.model[doom])
         active = sum(job.waits is None for job in jobs)
-        for job in jobs:
+        for job_id, job in zip(held, jobs, strict=True):
             # One that only waits for another has not killed its worker, where another ran.
             blamed = job.waits is None or active == 0
-            self.lose(job, reason if blamed else "drain", active == 1 or len(jobs) == 1)
+            if job_id != doom:
+                self.lose(job, reason if blamed else "drain", active == 1 or len(jobs) == 1)
             job.waits = None
 
     @rule(slot=SLOT, want=st.integers(1, 2), times=st.integers(1, 3))
@@ -301,6 +352,9 @@ class StoreMachine(RuleBasedStateMachine):
         if job is None:
             return
         job.waits = None
+        self.run_out(job)
+
+    def run_out(self, job: Model) -> None:
         if job.cancel:
             job.state, job.checkpoint = State.CANCELLED, None
         elif job.timeouts >= 5:
@@ -308,6 +362,21 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             job.state = State.QUEUED
             job.timeouts += 1
+
+    @rule(which=WHICH, slot=SLOT, want=st.integers(1, 3), fetched=st.booleans())
+    def wait_too_long(self, which: int, slot: int, want: int, fetched: bool) -> None:
+        """The queue timeout of a job is over: it is dead at the next sweep, and before that nobody starts it."""
+        job_id = self.jobs[which % len(self.jobs)]
+        job = self.model.get(job_id)
+        if not job or not job.in_time or job.state is not State.QUEUED:
+            return
+        client, root = self.store.connector.client, self.store.root
+        client.zadd(f"{root}:qt", {job_id: 1})
+        client.hset(f"{root}:j:{job_id}", "U", 1)
+        job.state, job.reason, job.in_time = State.DEAD, DeadReason.EXPIRED, False
+        if fetched:
+            self.fetch(slot, want, False)
+        self.store.sweep("s", 0)
 
     @precondition(lambda self: self.attempts)
     @rule(which=WHICH, other=WHICH, may_start=st.booleans(), twice=st.booleans())
@@ -349,9 +418,7 @@ class StoreMachine(RuleBasedStateMachine):
         if startable:
             if twice:
                 assert ask().jobs == answer.jobs  # the answer was lost
-            target.state, target.worker = State.RUNNING, waiter.worker
-            target.attempt += 1
-            target.progress = None if target.attempt > 1 else target.progress
+            target.start(waiter.worker)
             self.attempts += answer.jobs
             holding = {job_id for job_id, job in self.model.items() if job in held_here}
             if target.crashes >= 2 and self.alone.get(waiter.worker) not in holding:
@@ -386,7 +453,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert self.store.cancel(job_id) is job.state
         if job.state in (State.QUEUED, State.SCHEDULED):
-            job.state, job.checkpoint = State.CANCELLED, None
+            job.state, job.checkpoint, job.in_time = State.CANCELLED, None, False
         elif job.state is State.RUNNING:
             job.cancel = True
 
@@ -405,6 +472,7 @@ class StoreMachine(RuleBasedStateMachine):
         job.number, job.state, job.cancel, job.reason = self.numbers, State.QUEUED, False, None
         job.retries = job.crashes = job.stalls = job.timeouts = 0
         job.progress = job.result = None
+        job.in_time = job.hurried
 
     @rule(which=WHICH)
     def remove(self, which: int) -> None:
@@ -427,6 +495,7 @@ class StoreMachine(RuleBasedStateMachine):
             )  # fmt: skip
             assert (job.reason, job.progress) == (record.dead_reason, record.progress)
             assert (job.timeouts, job.waits) == (record.timeouts, record.waits_for)
+            assert job.extended == record.extended_by
             assert (job.cancel and job.state is State.RUNNING) == (
                 record.cancel_requested_at is not None and record.state is State.RUNNING
             )
@@ -446,6 +515,8 @@ class StoreMachine(RuleBasedStateMachine):
             counted[count.state] = counted.get(count.state, 0) + count.number
         states = [job.state for job in self.model.values()]
         assert {state: states.count(state) for state in set(states)} == counted
+        hurry = {job_id.decode() for job_id in self.store.connector.client.zrange(f"{self.store.root}:qt", 0, -1)}
+        assert hurry == {job_id for job_id, job in self.model.items() if job.in_time}
         held = {job_id: worker.id for worker in self.store.workers() for job_id in worker.jobs}
         assert held == {job_id: job.worker for job_id, job in self.model.items() if job.state is State.RUNNING}
 

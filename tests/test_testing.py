@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import dramatiq
 import dramatiq.broker
 import pytest
 from dramatiq.brokers.stub import StubBroker
+from receivers import receiver
+from support import fresh_app
 
 import mlqueue
 from mlqueue import MLQ, Settings, State
+from mlqueue.job import CallbackState
 from mlqueue.testing import drain, eager, isolated, temporary_app, temporary_server
 
 
@@ -108,6 +112,20 @@ def test_drain_gives_dead_jobs_too_in_the_order_of_their_end(mlq: MLQ) -> None:
     assert [(job.id, state) for job, state in zip(jobs, ["dead", "succeeded", "dead"], strict=True)] == [
         (record.id, record.state) for record in ended
     ]
+
+
+def test_drain_delivers_callbacks_and_their_retries(server: Settings) -> None:
+    with fresh_app(dataclasses.replace(server, callback_allow="loopback")) as mlq, receiver(500, 200) as hook:
+
+        @mlq.actor
+        def work(n: int) -> int:
+            return n
+
+        jobs = [work.submit(n, callback=hook.url) for n in range(3)]
+        drain(mlq)
+        told = [(job.record.callback_state, len(job.record.callback_attempts)) for job in jobs]
+        assert told == [(CallbackState.DELIVERED, 2)] * 3
+        assert drain(mlq) == []
 
 
 def test_drain_takes_one_queue_and_leaves_jobs_of_unknown_actors_and_if_told_those_with_a_delay(mlq: MLQ) -> None:

@@ -169,6 +169,8 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     counts["timeouts"] = record.timeouts
     yield "counts", ", ".join(f"{name} {number}" for name, number in counts.items() if number)
     yield "timeout", record.job_timeout and duration(record.job_timeout)
+    yield "begins in", record.queue_timeout and duration(record.queue_timeout)
+    yield "prolonged", record.extended_by and f"by {duration(record.extended_by)}"
     yield "cancelled", record.cancel_stage
     yield "checkpoint", "yes" if record.has_checkpoint else None
     yield "result", _result_text(record)
@@ -204,7 +206,8 @@ def _value(value: Any) -> str:
 def _attempt(attempt: Attempt) -> str:
     why = f": {error_text(attempt.error)}" if attempt.error else ""
     took = duration(max(0.0, attempt.ended_at - attempt.started_at))
-    return clean(f"{iso(attempt.started_at)}  {attempt.outcome} after {took} on {attempt.worker}{why}")
+    stage = f" ({attempt.stage})" if attempt.stage else ""
+    return clean(f"{iso(attempt.started_at)}  {attempt.outcome}{stage} after {took} on {attempt.worker}{why}")
 
 
 def _callback_attempt(tried: CallbackAttempt) -> str:

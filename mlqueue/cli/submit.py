@@ -63,6 +63,18 @@ class NumbersAreArguments(click.Command):
 @click.option(
     "--delay", type=types.duration, metavar="DURATION", help="How long the job waits before it may start: 30, 10m, 2h."
 )
+@click.option(
+    "--queue-timeout",
+    type=types.duration,
+    metavar="DURATION",
+    help="The job is dead unless it begins within this time.",
+)
+@click.option(
+    "--hard-time-limit",
+    type=types.duration,
+    metavar="DURATION",
+    help="The process that runs the job is killed when it takes longer.",
+)
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Lower runs first [0].")
 @click.option("--tag", "tags", multiple=True, metavar="TEXT", help="A text to find the job by. May be repeated.")
 @click.option("--callback", metavar="URL", help="What is fetched when the job has ended.")
@@ -76,6 +88,8 @@ def submit(
     files: tuple[str, ...],
     queue: str | None,
     delay: float | None,
+    queue_timeout: float | None,
+    hard_time_limit: float | None,
     priority: int | None,
     tags: tuple[str, ...],
     callback: str | None,
@@ -95,6 +109,7 @@ def submit(
         files, call.settings.max_message_bytes
     )
     options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None, "callback": callback}
+    options |= {"queue_timeout": queue_timeout, "hard_time_limit": hard_time_limit}
     given = {name: value for name, value in options.items() if value is not None}
     store = open_store(call, start=True)
     message = _enqueue(MLQ(store.namespace, settings=call.settings), store, actor, args, keywords, queue, given, job_id)

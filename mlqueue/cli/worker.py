@@ -17,6 +17,12 @@ from .call import Call, command
 )
 @click.option("--max-jobs", metavar="N", help="Replace a process after so many jobs [MLQUEUE_MAX_JOBS; else never].")
 @click.option("--max-rss", metavar="SIZE", help="Replace a process of more memory: 2G [MLQUEUE_MAX_RSS; else never].")
+@click.option(
+    "--kill-grace",
+    metavar="DURATION",
+    help="Kill the process of a cancelled or overdue job that has not ended so much later [MLQUEUE_KILL_GRACE; else "
+    "those of actors with kill=True, after 10s].",
+)
 def worker(
     call: Call,
     modules: tuple[str, ...],
@@ -25,6 +31,7 @@ def worker(
     queues: tuple[str, ...],
     max_jobs: str | None,
     max_rss: str | None,
+    kill_grace: str | None,
 ) -> int:
     """Run worker processes for the actors of these modules: `tasks`, `package.module`, `tasks.py`.
 
@@ -32,6 +39,7 @@ def worker(
     the app where the modules make several.
     """
     given = {"processes": processes, "threads": threads, "max_jobs": max_jobs, "max_rss": max_rss}
+    given["kill_grace"] = kill_grace
     settings = call.settings_under(given)
     names = [name.strip() for text in queues for name in text.split(",") if name.strip()]
     supervisor = Supervisor(modules, settings, queues=names or None, namespace=call.namespace)

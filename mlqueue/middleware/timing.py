@@ -66,6 +66,8 @@ class TimeLimit(dramatiq.middleware.TimeLimit):
         limit = message.options.get("time_limit") or options.get("time_limit", self.time_limit)
         if limit is not None and limit != float("inf"):
             self.deadlines.set(limit / 1000)
+            if isinstance(message, Delivery) and message.slot is not None and message.slot.entry.limited:
+                message.slot.change(soft=time.monotonic() + limit / 1000, soft_limit=limit / 1000)
 
     def after_process_message(
         self, broker: Broker, message: Any, *, result: Any = None, exception: BaseException | None = None
@@ -78,6 +80,10 @@ class TimeLimit(dramatiq.middleware.TimeLimit):
     def pause(self, thread: int) -> Callable[[], None]:
         """Stops the clock of a thread's job; what starts it again."""
         return self.deadlines.pause(thread)
+
+    def prolong(self, thread: int, by: float) -> None:
+        """Gives a thread's job so many seconds more."""
+        self.deadlines.prolong(thread, by)
 
     def disarm(self) -> None:
         """The actor call has returned: from here on the limit must not strike. Called in the job's thread."""
@@ -137,6 +143,18 @@ class Deadlines:
                     self._deadlines[thread] = time.monotonic() + pause.left
 
         return resume
+
+    def prolong(self, thread: int, by: float) -> None:
+        """Interrupts a thread `by` seconds later; one that has been interrupted stays so."""
+        with self._lock:
+            if thread in self._paused:
+                self._paused[thread].left += by
+            elif thread in self._deadlines:
+                self._deadlines[thread] += by
+
+    def when(self, thread: int) -> float:
+        """When a thread is interrupted (monotonic); infinite: not, or it has been; `PAUSED`: its clock does not run."""
+        return self._deadlines.get(thread, float("inf"))
 
     def clear(self) -> None:
         """Takes the deadline of this thread back, and an interruption that is on its way."""

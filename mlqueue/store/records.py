@@ -106,11 +106,12 @@ def new_item(job: NewJob) -> list[object]:
         job.max_stalls or False,
         job.callback or False,
         False if job.job_timeout is None else milliseconds(job.job_timeout),
+        False if job.queue_timeout is None else milliseconds(job.queue_timeout),
     ]
 
 
-def pack_dead(job: NewJob, record: JobRecord) -> bytes:
-    """A dead job and what is known of it, as import.lua takes it."""
+def pack_dead(job: NewJob, record: JobRecord, checkpoint: tuple[int, bytes, int, str] | None = None) -> bytes:
+    """A dead job and what is known of it, as import.lua takes it; `checkpoint` as `Store.write_checkpoint` gives it."""
     fields: dict[str, object] = {
         "k": record.attempt,
         "y": record.retries,
@@ -133,6 +134,7 @@ def pack_dead(job: NewJob, record: JobRecord) -> bytes:
             milliseconds(record.finished_at if record.finished_at is not None else record.created_at),
             encode_error(record.error or JobError(type="", message="")),
             [_pack_attempt(attempt) for attempt in record.attempts],
+            *([checkpoint] if checkpoint else []),
         ]
     )
 
@@ -147,6 +149,7 @@ def _pack_attempt(attempt: Attempt) -> bytes:
             milliseconds(attempt.ended_at),
             attempt.outcome,
             error,
+            *([attempt.stage] if attempt.stage else []),
         ]
     )
 
@@ -220,6 +223,8 @@ def decode_record(
         functions=functions_of(fields[b"l"].decode()) if b"l" in fields else (),
         timeouts=number(b"O"),
         job_timeout=seconds(b"J"),
+        queue_timeout=seconds(b"Q"),
+        extended_by=int(fields[b"j"].partition(b" ")[0]) / 1000 if b"j" in fields else 0.0,
         max_crashes=number(b"X") or None,
         max_stalls=number(b"Z") or None,
         waits_for=fields[b"A"].decode() if b"A" in fields else None,
@@ -240,7 +245,7 @@ def _short_result(fields: Mapping[bytes, bytes], result: Mapping[bytes, bytes]) 
 
 
 def _attempt(data: bytes) -> Attempt:
-    attempt, worker, started, ended, outcome, error = msgpack.unpackb(data, raw=True)
+    attempt, worker, started, ended, outcome, error, *stage = msgpack.unpackb(data, raw=True)
     return Attempt(
         attempt=attempt,
         worker=worker.decode(),
@@ -248,6 +253,7 @@ def _attempt(data: bytes) -> Attempt:
         ended_at=ended / 1000,
         outcome=outcome.decode(),
         error=decode_error(error),
+        stage=stage[0].decode() if stage else None,
     )
 
 

@@ -159,23 +159,34 @@ class Settle:
 
     @classmethod
     def reschedule(
-        cls, job_id: str, attempt: int, delay: float, error: JobError, common: Common, *, counts: bool = True
+        cls,
+        job_id: str,
+        attempt: int,
+        delay: float,
+        error: JobError,
+        common: Common,
+        *,
+        counts: bool = True,
+        stage: str = "",
     ) -> Settle:
-        """It is to run again in `delay` seconds; `counts` as a retry."""
-        tail = (milliseconds(delay), encode_error(error), int(counts))
+        """It is to run again in `delay` seconds; `counts` as a retry. `stage`: how a limit ended it, if one did."""
+        tail = (milliseconds(delay), encode_error(error), int(counts), *filter(None, [stage]))
         return cls(job_id, attempt, "r", pack((job_id, attempt, "r", *common, *tail)))
 
     @classmethod
-    def bury(cls, job_id: str, attempt: int, reason: str, error: JobError, common: Common) -> Settle:
-        """It is dead."""
-        tail = (str(reason), encode_error(error))
+    def bury(
+        cls, job_id: str, attempt: int, reason: str, error: JobError, common: Common, *, stage: str = ""
+    ) -> Settle:
+        """It is dead. `stage`: how a limit ended it, if one did."""
+        tail = (str(reason), encode_error(error), *filter(None, [stage]))
         return cls(job_id, attempt, "b", pack((job_id, attempt, "b", *common, *tail)))
 
     @classmethod
-    def give_back(cls, job_id: str, attempt: int, common: Common, delay: float = 0.0) -> Settle:
-        """It goes back to its queue without a strike, to be run in `delay` seconds."""
-        tail = (milliseconds(delay),) if delay else ()
-        return cls(job_id, attempt, "l", pack((job_id, attempt, "l", *common, *tail)))
+    def give_back(
+        cls, job_id: str, attempt: int, common: Common, *, begun: bool = True, delay: float = 0.0
+    ) -> Settle:
+        """It goes back to its queue without a strike, to be run in `delay` seconds; `begun`: its attempt had."""
+        return cls(job_id, attempt, "l", pack((job_id, attempt, "l", *common, int(not begun), milliseconds(delay))))
 
     @classmethod
     def cancelled(cls, job_id: str, attempt: int, common: Common) -> Settle:
@@ -454,18 +465,25 @@ class Store:
 
     def save_checkpoint(self, job_id: str, attempt: int, data: bytes, generation: str) -> bool:
         """Keeps `data` with the job until it succeeds; True when cancelling has been asked for."""
-        chunks: list[bytes] = []
-        if len(data) > CHUNK:
-            chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
-            self.write_chunks(job_id, f"c{generation}", chunks)
-        value = b"" if chunks else data
-        answer = self._run("checkpoint", job_id, attempt, len(data), value, len(chunks), generation)
+        size, value, chunks, _ = self.write_checkpoint(job_id, data, generation)
+        answer = self._run("checkpoint", job_id, attempt, size, value, chunks, generation)
         if answer == 0:
             raise StaleAttempt(f"attempt {attempt} of job {job_id} no longer holds it; its checkpoint was not saved.")
         return bool(answer == 2)
 
-    def load_checkpoint(self, job_id: str) -> bytes | None:
-        """The last checkpoint, or None."""
+    def write_checkpoint(self, job_id: str, data: bytes, generation: str) -> tuple[int, bytes, int, str]:
+        """Writes the chunks of a checkpoint, if it is large, ahead of the script that makes it part of a job: what that
+        takes, size, value, number of chunks and generation."""
+        chunks: list[bytes] = []
+        if len(data) > CHUNK:
+            chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+            self.write_chunks(job_id, f"c{generation}", chunks)
+        return len(data), b"" if chunks else data, len(chunks), generation
+
+    def load_checkpoint(self, job_id: str, most: int | None = None) -> bytes | None:
+        """The last checkpoint, or None; None, too, for one of more than `most` bytes."""
+        if most is not None and int(self.connector.execute("HGET", f"{self.root}:ck:{job_id}", "z") or 0) > most:
+            return None
         fields = flat(self.connector.execute("HGETALL", f"{self.root}:ck:{job_id}"))
         if not fields:
             return None
@@ -480,14 +498,28 @@ class Store:
         answer: int = self._run("beat", milliseconds(self.settings.lease), *workers)
         return answer
 
-    def release(self, worker: str, reason: str, detail: str) -> dict[str, str]:
+    def release(
+        self,
+        worker: str,
+        reason: str,
+        detail: str,
+        *,
+        begun: Mapping[str, int] | None = None,
+        dooms: Mapping[str, tuple[int, str]] | None = None,
+    ) -> dict[str, str]:
         """Takes all jobs from a worker incarnation that is gone and forgets it: what became of each job.
 
         `reason` is ``crash`` (its process died), ``stall`` (its machine or supervisor was lost) or ``drain`` (no
-        strike); `detail` is the error's text on the record, such as the signal.
+        strike); `detail` is the error's text on the record, such as the signal. Only jobs that had `begun` (their
+        attempts, by id) get a strike; None when that is not known: then all. `dooms` are those for which its process
+        was killed: by id the attempt and why.
         """
         error = encode_error(JobError(type="", message=detail))
-        answer = self._run("release", worker, reason, error, self.settings.max_crashes, self.settings.max_stalls)
+        known = pack(
+            [False if begun is None else dict(begun), {key: list(doom) for key, doom in (dooms or {}).items()}]
+        )
+        settings = self.settings
+        answer = self._run("release", worker, reason, error, settings.max_crashes, settings.max_stalls, known)
         return {job.decode(): outcome.decode() for job, outcome in flat(answer).items()}
 
     def sweep(self, sweeper: str, elected_for: float) -> Sweep:
@@ -507,6 +539,14 @@ class Store:
         elected, wait, outcomes = answer
         released = {job.decode(): outcome.decode() for job, outcome in flat(outcomes).items()}
         return Sweep(elected == 1, wait / 1000 if wait >= 0 else None, released)
+
+    def standing(self, worker: str, attempts: Sequence[tuple[str, int]]) -> list[Standing]:
+        """How attempts (id and number) stand that a worker runs, as far as its supervisor must know."""
+        answer = self._run("standing", worker, *[part for attempt in attempts for part in attempt])
+        return [
+            Standing(held == 1, None if asked < 0 else asked / 1000, extended / 1000)
+            for held, asked, extended in answer
+        ]
 
     def bind_timeout(self, who: str, timeout: float, most: int, holds: float) -> None:
         """Binds a timeout to all jobs of the namespace that have none of their own, for `holds` seconds unless it is
@@ -537,6 +577,29 @@ class Store:
         if answer is None:
             raise JobNotFound.of(job_id, self.namespace)
         return STATES[answer]
+
+    def extend(self, job_id: str, by: float, *, attempt: int | None = None) -> float:
+        """Gives a running job `by` seconds more; by how many its attempt has been prolonged in all.
+
+        With `attempt` it is that one which asks, and raises `StaleAttempt` when the job is no longer its own; without,
+        the worker of the job is told, and `InvalidTransition` is raised for a job that does not run.
+        """
+        answer = self._run(
+            "extend",
+            job_id,
+            -1 if attempt is None else attempt,
+            milliseconds(by),
+            uuid.uuid4().hex[:8],
+            int(attempt is None),
+        )
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        state, total = answer
+        if total >= 0:
+            return float(total / 1000)
+        if attempt is not None:
+            raise StaleAttempt(f"attempt {attempt} of job {job_id} no longer holds it; it was not prolonged.")
+        raise InvalidTransition(f"job {job_id} is {STATES[state]}; only a running job can be prolonged.")
 
     def retry(self, job_id: str, body: bytes = b"", *, states: Sequence[State] = (State.DEAD, State.CANCELLED)) -> None:
         """Puts a job that has ended in one of `states` back into its queue, its counts at nought; with another body
@@ -929,6 +992,17 @@ class Awaited(NamedTuple):
     worker: str
 
 
+class Standing(NamedTuple):
+    """How an attempt stands."""
+
+    #: Whether the job is still in the hands of it.
+    held: bool
+    #: For how many seconds cancelling has been asked for; None when it has not.
+    cancelled_for: float | None
+    #: By how many seconds it was prolonged.
+    extended_by: float
+
+
 class Outcome(NamedTuple):
     """How a job stands: its result when it has succeeded, its error when it is dead."""
 
@@ -1078,6 +1152,7 @@ __all__ = [
     "Outcome",
     "Page",
     "Settle",
+    "Standing",
     "Store",
     "StoredFile",
     "StoredResult",

@@ -12,7 +12,7 @@ from flask import Response
 from ..errors import InvalidTransition
 from ..handle import Job
 from ..job import Attempt, JobRecord, State
-from ..schema import schema_of
+from ..schema import Limits, schema_of
 from ..waiting import wait_for
 from .auth import READ, SUBMIT
 from .body import read_body
@@ -29,6 +29,7 @@ __all__ = [
     "TIMES",
     "cancel_job",
     "delete_job",
+    "extend_job",
     "list_attempts",
     "list_jobs",
     "redeliver_callback",
@@ -203,6 +204,30 @@ def retry_job(call: Call, job_id: str) -> Response:
     """Put a dead or cancelled job back into its queue, its counts at nought."""
     call.store.retry(job_id)
     return call.json(shown(call, call.store.record(job_id)), 202)
+
+
+class Extension(TypedDict):
+    """How much more time a job gets."""
+
+    seconds: Annotated[float, "So much later its limits are over.", Limits(ge=0.001, le=1e9)]
+
+
+@operation(
+    "POST",
+    "/jobs/<job_id>/extend",
+    scope=SUBMIT,
+    tag="jobs",
+    body={JSON: Extension},
+    answers={200: Answer("It has more time.", {JSON: RECORD})},
+    errors=(InvalidTransition,),
+)
+def extend_job(call: Call, job_id: str) -> Response:
+    """Give a running job more time.
+
+    Its time_limit, hard_time_limit and job_timeout are over so much later. 409 when it does not run.
+    """
+    Job(call.store, job_id).extend(read_body(call)["seconds"])
+    return call.json(shown(call, call.store.record(job_id)))
 
 
 ATTEMPTS: Final = {

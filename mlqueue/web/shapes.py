@@ -14,6 +14,16 @@ Callback = Annotated[
     str, "A URL to be fetched by GET when the job has ended.", Limits(max_length=2048, pattern=r"^https?://[^/@\s]+")
 ]
 Delay = Annotated[float, "Seconds until the job may start.", Limits(ge=0, le=1e10)]
+QueueTimeout = Annotated[
+    float,
+    "Seconds within which it is to begin, counted from when it is due; else it is dead.",
+    Limits(ge=0.001, le=1e10),
+]
+HardLimit = Annotated[
+    float,
+    "Seconds after which the process that runs it is killed; jobs beside it go back to their queues.",
+    Limits(ge=1, le=1e10),
+]
 Priority = Annotated[int, "Lower runs first.", Limits(ge=-1000, le=1000)]
 Tag = Annotated[str, Limits(min_length=1, max_length=100)]
 Tags = Annotated[list[Tag], "Texts to find the job by.", Limits(max_length=20)]
@@ -30,7 +40,9 @@ class Options(TypedDict, total=False):
 
     callback: Callback | None
     delay: Delay | None
+    hard_time_limit: HardLimit | None
     priority: Priority | None
+    queue_timeout: QueueTimeout | None
     tags: Tags | None
 
 

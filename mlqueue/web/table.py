@@ -19,6 +19,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     jobs.show_job,
     jobs.delete_job,
     jobs.cancel_job,
+    jobs.extend_job,
     jobs.retry_job,
     jobs.list_attempts,
     jobs.redeliver_callback,

@@ -96,6 +96,7 @@ assert_type(mlq.create_listener(lambda msg, utils: 1, threads=2), bool)
 assert_type(mlq.remove_listener("blur"), bool)
 assert_type(mlq.join(timeout=datetime.timedelta(seconds=1)), bool)
 mlq.create_reaper(job_timeout=datetime.timedelta(minutes=5), max_retries=5).stop()
+mlq.job("id").extend(datetime.timedelta(minutes=5))
 
 
 def look(job: Job[str]) -> None:

@@ -46,6 +46,7 @@ from mlqueue import (
 )
 from mlqueue.client import Client, Job
 from mlqueue.keys import ApiKeys
+from mlqueue.message import decode_body
 from mlqueue.web import keys as key_auth
 
 MIB = 2**20
@@ -226,9 +227,11 @@ def test_short_result_and_media_type_come_too(actors: MLQ, client: Client) -> No
 
 def test_options_are_those_of_the_job(mlq: MLQ, actors: MLQ, client: Client) -> None:
     job = client.submit(
-        "add", 1, delay=timedelta(minutes=1), priority=-3, tags=["a", "b"], callback="http://localhost:9/x"
-    )
+        "add", 1, delay=timedelta(minutes=1), priority=-3, tags=["a", "b"], callback="http://localhost:9/x",
+        queue_timeout=timedelta(hours=1), hard_time_limit=90,
+    )  # fmt: skip
     record = mlq.job(job.id).record
+    assert (3600.0, {"hard_time_limit": 90.0}) == (record.queue_timeout, decode_body(mlq.store.body(job.id))[2])
     assert (State.SCHEDULED, -3, ("a", "b"), "http://localhost:9/x") == (
         record.state,
         record.priority,
@@ -293,6 +296,10 @@ def test_jobs_are_cancelled_retried_and_waited_for(mlq: MLQ, actors: MLQ, client
     running, waiting = client.submit("waits"), client.submit("echo", 1, delay=60)
     eventually(lambda: running.progress == 10)
     assert (State.RUNNING, None) == (running.state, running.position)
+    running.extend(timedelta(minutes=1))
+    assert 60.0 == running.record.extended_by
+    with pytest.raises(InvalidTransition):
+        waiting.extend(1)
     # Told, it may have ended by the time that this is answered.
     assert running.cancel() in (State.RUNNING, State.CANCELLED)
     with pytest.raises(JobCancelled):

@@ -353,8 +353,9 @@ def test_jobs_of_another_name_are_404_whatever_the_names(server: Settings) -> No
             client = mounted(apps[0], allow_anonymous=True).test_client()
             for job_id in ids[1:]:
                 asked = [client.delete(f"{PREFIX}/jobs/{job_id}"), client.delete(f"{PREFIX}/dead/{job_id}")]
-                for end in ("cancel", "retry", "callbacks/redeliver"):
-                    asked.append(client.post(f"{PREFIX}/jobs/{job_id}/{end}"))
+                for end in ("cancel", "extend", "retry", "callbacks/redeliver"):
+                    body = {"seconds": 1} if end == "extend" else None
+                    asked.append(client.post(f"{PREFIX}/jobs/{job_id}/{end}", json=body))
                 asked.append(client.post(f"{PREFIX}/dead/{job_id}/requeue"))
                 assert {404} == {answer.status_code for answer in asked}
             assert [1] * len(apps) == [app.job_count() for app in apps]

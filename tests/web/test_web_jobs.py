@@ -181,6 +181,27 @@ def test_a_running_job_is_told_of_its_cancelling(mlq: MLQ, client: FlaskClient, 
     eventually(lambda: mlq.job(job.id).state is State.CANCELLED)
 
 
+def test_a_running_job_gets_more_time(mlq: MLQ, client: FlaskClient, start_worker: StartWorker) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    @mlq.actor(time_limit=1000)
+    def slow() -> bool:
+        begun.set()
+        return go.wait(10)
+
+    job = slow.submit()
+    early = client.post(f"{JOBS}/{job.id}/extend", json={"seconds": 60})
+    assert (409, "InvalidTransition") == (early.status_code, early.json["code"])
+    start_worker()
+    begun.wait(10)
+    answer = client.post(f"{JOBS}/{job.id}/extend", json={"seconds": 60})
+    assert (200, 60.0) == (answer.status_code, answer.json["extended_by"])
+    for wrong in ({}, {"seconds": 0}, {"seconds": "60"}):
+        assert 422 == client.post(f"{JOBS}/{job.id}/extend", json=wrong).status_code
+    go.set()
+    assert job.result(10) is True
+
+
 def test_what_has_ended_is_not_cancelled(mlq: MLQ, client: FlaskClient, start_worker: StartWorker) -> None:
     @mlq.actor
     def work() -> int:

@@ -68,13 +68,14 @@ def test_the_record_is_the_answer_when_json_is_asked_for(mlq: MLQ, client: Flask
 
 
 def test_options_of_a_job_are_set_and_no_others_can_be(mlq: MLQ, client: FlaskClient) -> None:
-    options = {"callback": "http://localhost:9/x", "delay": 60, "priority": -5, "tags": ["a", "b"]}
+    options = {"callback": "http://localhost:9/x", "delay": 60, "priority": -5, "tags": ["a", "b"], "queue_timeout": 9}
     answer = client.post(f"{PREFIX}/jobs", json={"msg": 1, **options}, headers=JSON)
-    assert (202, "scheduled", -5, ["a", "b"]) == (
+    assert (202, "scheduled", -5, ["a", "b"], 9) == (
         answer.status_code,
         answer.json["state"],
         answer.json["priority"],
         answer.json["tags"],
+        answer.json["queue_timeout"],
     )
     assert "http://localhost:9/x" == mlq.job(answer.json["id"]).record.callback
     for name in ("pipe_target", "on_success", "on_failure", "group_completion_uuid", "throws", "max_retries", "job_id"):
@@ -91,6 +92,8 @@ def test_options_of_a_job_are_set_and_no_others_can_be(mlq: MLQ, client: FlaskCl
         ({"msg": 1, "functions": "double"}, "$.functions"),
         ({"msg": 1, "functions": ["ok", 5]}, "$.functions[1]"),
         ({"msg": 1, "delay": -1}, "$.delay"),
+        ({"msg": 1, "queue_timeout": 0}, "$.queue_timeout"),
+        ({"msg": 1, "hard_time_limit": 0.5}, "$.hard_time_limit"),
         ({"msg": 1, "priority": 1.5}, "$.priority"),
         ({"msg": 1, "tags": ["x" * 101]}, "$.tags[0]"),
         ([1], "$"),

@@ -11,6 +11,7 @@ if rec.state == 'q' or rec.state == 'w' then
   unshelve(rec.state, rec, id)
   unshelve('i', rec, id)
   call('ZREM', R .. ':sched', id)
+  call('ZREM', R .. ':qt', id)
   cancelled(id, rec, 'waiting')
   write_ends()
   write_counts()

@@ -25,6 +25,7 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:exp            zset    ended jobs by the time when their record may go
   R:dead           zset    dead jobs by the time of their death
   R:late           zset    running jobs that have a timeout, by the time when it is over
+  R:qt             zset    jobs that have not begun and have a queue timeout, by the time when it is over
   R:reapers        hash    timeouts bound to this namespace, by who bound them: timeout in ms, most timeouts, until when
                            the bond holds (MessagePack)
   R:fl             set     "QUEUE:LANE" of lanes with a list of functions in which jobs wait or waited
@@ -66,6 +67,8 @@ u started, f finished, v progress value (MessagePack), V progress note, r result
 was asked for, P parent, G tags (MessagePack), T result ttl in ms (-1 for ever), X most crashes, Z most stalls,
 W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint, C 1 when it has a callback (R:cb:ID), J timeout in
 ms, O timeouts so far, A the job that it waits for, h how its cancelling ended it,
+Q queue timeout in ms, U when that is over (with the attempt behind it that has begun since), j by how many ms the running
+attempt was prolonged, and the nonce of the last time,
 M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.
 
 States: q queued (also in shelf i: queued, to be run alone), w scheduled, r running, s succeeded, d dead, c cancelled.
@@ -84,6 +87,8 @@ States: q queued (also in shelf i: queued, to be run alone), w scheduled, r runn
   heed         turn, settle      r     c                 must be equal  c
   time out     sweep             r     q, or d           -              c
   give up      sweep             q     d                 -              -
+  expire       turn, sweep       q     d                 -              -
+  end          release           r     q, or d           must be equal  c
   retry        retry             d c   q                 -              cleared
   remove       sweep, remove     any but r -> gone       -              -
 

@@ -4,7 +4,7 @@
 local INLINE = 64
 
 -- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
--- most stalls, callback's URL, timeout in ms.
+-- most stalls, callback's URL, timeout in ms, queue timeout in ms (counted from when the job is due).
 -- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
 local function create(item)
   local id, queue, actor, lane, priority = item[1], item[2], item[3], item[4], item[5]
@@ -48,6 +48,11 @@ local function create(item)
   end
   if delay >= 0 then
     due = NOW + delay
+  end
+  if item[16] then
+    also('Q', item[16])
+    also('U', math.max(due, NOW) + item[16])
+    call('ZADD', R .. ':qt', math.max(due, NOW) + item[16], id)
   end
   if due > NOW then
     schedule(id, rec, due, fields)

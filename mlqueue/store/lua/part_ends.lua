@@ -110,7 +110,7 @@ local function finish(id, rec, state, fields, ttl)
 end
 
 -- stage: how the cancelling ended it: waiting (it never ran), raised (it was stopped), ended (it had ended by itself),
--- lost (its worker was lost, or was taken from it).
+-- killed (with its process), lost (its worker was lost, or was taken from it).
 local function cancelled(id, rec, stage)
   drop_result(id)
   finish(id, rec, 'c', { 'c', rec.cancel or NOW, 'h', stage }, rec.ttl)

@@ -1,7 +1,9 @@
--- One line of the job's history: an attempt that did not succeed.
-local function note_attempt(id, rec, how, err)
+-- One line of the job's history: an attempt that did not succeed. stage: how a limit ended it, if one did: interrupted or
+-- killed.
+local function note_attempt(id, rec, how, err, stage)
   local key = R .. ':at:' .. id
-  call('RPUSH', key, cmsgpack.pack({ rec.attempt, rec.worker or '', tonumber(call('HGET', jkey(id), 'u') or 0), NOW, how, err or '' }))
+  call('RPUSH', key, cmsgpack.pack({ rec.attempt, rec.worker or '', tonumber(call('HGET', jkey(id), 'u') or 0), NOW, how,
+    err or '', stage }))
   if call('LLEN', key) > 50 then
     call('LPOP', key)
   end

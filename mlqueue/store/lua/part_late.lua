@@ -1,4 +1,4 @@
--- Taking jobs from attempts that run longer than they may.
+-- Taking jobs from attempts that run longer than they may. A timeout that was prolonged counts from there.
 
 -- The shortest timeout that is bound to the namespace, and its most timeouts; bonds that nobody renews are forgotten.
 local function bond()
@@ -15,16 +15,17 @@ local function bond()
   return shortest, most
 end
 
-local function take_back(id, rec, timeout, most)
-  ring_own(rec.worker, 't' .. rec.attempt .. ' ' .. id)
+-- Ends an attempt that has run too long. text: what it ran longer than; most: so often may that be; stage: killed when
+-- its process was.
+local function give_up(id, rec, text, most, stage)
   if rec.cancel then
-    cancelled(id, rec, 'lost')
+    cancelled(id, rec, stage or 'lost')
     return 'cancelled'
   end
-  local err = cmsgpack.pack({ '', 'it ran longer than its timeout of ' .. timeout / 1000 .. ' s', '' })
+  local err = cmsgpack.pack({ '', text, '' })
   local times = tonumber(call('HGET', jkey(id), 'O') or 0)
   call('SET', R .. ':e:' .. id, err)
-  note_attempt(id, rec, 'stalled', err)
+  note_attempt(id, rec, 'stalled', err, stage)
   count('o:' .. rec.actor)
   if times >= most then
     finish(id, rec, 'd', { 'g', 'stalled', 'O', times }, -1)
@@ -47,19 +48,20 @@ local function take_back_late(outcomes, most_stalls)
         call('ZREM', R .. ':late', id)
         return nil
       end
-      local f = call('HMGET', jkey(id), 'J', 'u', 'Z')
+      local f = call('HMGET', jkey(id), 'J', 'u', 'Z', 'j')
       local own = tonumber(f[1])
       local timeout, limit = own or shortest, own and tonumber(f[3] or most_stalls) or most
       if not timeout then
         call('ZREM', R .. ':late', id) -- who bound it has stopped
         return nil
       end
-      local over = tonumber(f[2]) + timeout
+      local over = tonumber(f[2]) + timeout + tonumber(string.match(f[4] or '', '^%d+') or 0)
       if over > NOW then
         call('ZADD', R .. ':late', over, id)
         return nil
       end
-      return take_back(id, rec, timeout, limit)
+      ring_own(rec.worker, 't' .. rec.attempt .. ' ' .. id)
+      return give_up(id, rec, 'it ran longer than its timeout of ' .. timeout / 1000 .. ' s', limit)
     end)
     if well and outcome then
       outcomes[#outcomes + 1] = id

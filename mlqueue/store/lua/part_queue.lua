@@ -79,8 +79,16 @@ local function tell(id, rec, ended, how)
   end
 end
 
--- Puts a job back where it stood in its lane, or where it waits to be run alone.
-local function requeue(id, rec, fields)
+-- Puts a job back where it stood in its lane, or where it waits to be run alone. `idle`: its attempt had not begun.
+local function requeue(id, rec, fields, idle)
+  if idle then
+    local over, attempt = string.match(call('HGET', jkey(id), 'U') or '', '^(%d+) (%d+)$')
+    if over and tonumber(attempt) == rec.attempt then
+      fields[#fields + 1] = 'U'
+      fields[#fields + 1] = over
+      call('ZADD', R .. ':qt', over, id)
+    end
+  end
   local shelf = rec.crashes >= ISOLATE_AFTER and 'i' or 'q'
   shelve(shelf, rec, id)
   if rec.state == 'r' then

@@ -21,6 +21,7 @@ local function remove(id)
   drop_result(id)
   drop_checkpoint(id)
   call('ZREM', R .. ':sched', id)
+  call('ZREM', R .. ':qt', id)
   call('ZREM', R .. ':exp', id)
   call('ZREM', R .. ':dead', id)
   call('UNLINK', jkey(id), R .. ':b:' .. id, R .. ':e:' .. id, R .. ':at:' .. id, R .. ':wt:' .. id,

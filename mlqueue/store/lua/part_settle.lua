@@ -53,14 +53,14 @@ function settle_verbs.f(id, rec, s)
   finish(id, rec, 's', fields, rec.ttl)
 end
 
--- s: ..., delay in ms, error, 1 when it counts as a retry
+-- s: ..., delay in ms, error, 1 when it counts as a retry, how a limit ended it
 function settle_verbs.r(id, rec, s)
   if rec.cancel then
     return cancelled(id, rec, 'ended')
   end
   assert(type(s[8]) == 'number', 'malformed delay')
   call('SET', R .. ':e:' .. id, s[9])
-  note_attempt(id, rec, 'failed', s[9])
+  note_attempt(id, rec, 'failed', s[9], s[11])
   local fields = { 'y', tonumber(call('HGET', jkey(id), 'y') or 0) + s[10] }
   if s[10] == 1 then
     count('y:' .. rec.actor)
@@ -72,7 +72,7 @@ function settle_verbs.r(id, rec, s)
   end
 end
 
--- s: ..., reason, error
+-- s: ..., reason, error, how a limit ended it
 function settle_verbs.b(id, rec, s)
   if rec.cancel then
     return cancelled(id, rec, 'ended')
@@ -80,20 +80,20 @@ function settle_verbs.b(id, rec, s)
   assert(type(s[8]) == 'string' and type(s[9]) == 'string', 'malformed reason or error')
   drop_result(id)
   call('SET', R .. ':e:' .. id, s[9])
-  note_attempt(id, rec, s[8], s[9])
+  note_attempt(id, rec, s[8], s[9], s[10])
   finish(id, rec, 'd', { 'g', s[8] }, -1)
 end
 
--- Given back unharmed: it did not start, or the worker is being drained, or it is not its time. s: ..., delay (ms; may be
--- missing)
+-- Given back unharmed: the worker is being drained, or it had not begun, or it is not its time. s: ..., 1 when it had not
+-- begun, delay (ms)
 function settle_verbs.l(id, rec, s)
   if rec.cancel then
     return cancelled(id, rec, 'lost')
   end
-  if s[8] and s[8] > 0 then
-    return schedule(id, rec, NOW + s[8], {})
+  if s[9] > 0 then
+    return schedule(id, rec, NOW + s[9], {})
   end
-  requeue(id, rec, {})
+  requeue(id, rec, {}, s[8] == 1)
 end
 
 -- The job took note of its cancelling and ended.

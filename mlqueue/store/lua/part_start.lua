@@ -5,7 +5,7 @@ local jobs, ids, given = {}, {}, {}
 
 local function read(id)
   return call('HMGET', jkey(id), 's', 'w', 'k', 'q', 'a', 't', 'b', 'W', 'y', 'x', 'z', 'p', 'P', 'K', 'u', 'i', 'J',
-    'N', 'l', 'd')
+    'N', 'l', 'd', 'U')
 end
 
 -- What the worker gets of a job: id, queue, actor, attempt, created (or retried by hand: its age begins anew), retries,
@@ -48,16 +48,24 @@ local function timeout_of(own)
   return bound or nil
 end
 
--- Starts a queued job; the caller adds `ids` to what the worker holds, and takes them from their shelf.
-local function start(id, worker)
+-- Starts a queued job; the caller adds `ids` to what the worker holds, and takes them from their shelf. One whose queue
+-- timeout is over is given to `expire` instead.
+local function start(id, worker, expire)
   local f = read(id)
   if f[1] ~= 'q' then
     return
   end
   local attempt = tonumber(f[3] or 0) + 1
+  if f[21] and tonumber(f[21]) then
+    if tonumber(f[21]) <= NOW then
+      return expire(id)
+    end
+    call('HSET', jkey(id), 'U', f[21] .. ' ' .. attempt)
+    call('ZREM', R .. ':qt', id)
+  end
   if attempt > 1 then
-    -- What an earlier attempt reported, and who started it.
-    call('HDEL', jkey(id), 'v', 'V', 'Y')
+    -- What an earlier attempt reported, and who started it; by how much it was prolonged.
+    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j')
   end
   call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
   emit('state', id)

@@ -36,6 +36,7 @@ local function bury(id, functions, patience)
   end
   local err = cmsgpack.pack({ '', 'no worker has had the functions ' .. functions .. ' for ' .. patience / 1000 .. ' s', '' })
   unshelve('q', rec, id)
+  call('ZREM', R .. ':qt', id)
   call('SET', R .. ':e:' .. id, err)
   finish(id, rec, 'd', { 'g', 'unknown_function' }, -1)
   return true

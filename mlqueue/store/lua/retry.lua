@@ -45,7 +45,13 @@ local function retry(id, body)
       call('ZADD', R .. ':tag:' .. tag, rec.number, id)
     end
   end
-  requeue(id, rec, { 'n', rec.number, 'N', NOW, 'M', nonce })
+  local fields = { 'n', rec.number, 'N', NOW, 'M', nonce }
+  local patience = call('HGET', jkey(id), 'Q')
+  if patience then
+    fields[7], fields[8] = 'U', NOW + patience
+    call('ZADD', R .. ':qt', NOW + patience, id)
+  end
+  requeue(id, rec, fields)
   return was
 end
 

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create ends history release remove late unserved
+-- parts: events counts queue moves promote create ends history late release remove expire unserved
 -- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
--- buries what no worker knows the functions of, forgets what has expired.
+-- buries what no worker knows the functions of or what has not begun in time, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
 -- gap in ms after which nobody is to blame, how long dead jobs are kept in ms (-1: for ever), how long functions may
 -- be unknown in ms.
@@ -29,9 +29,18 @@ else
 end
 take_back_late(outcomes, tonumber(ARGV[6]))
 bury_unserved(outcomes, tonumber(ARGV[9]))
+promote(1000)
+for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':qt', '-inf', NOW, 'LIMIT', 0, 500)) do
+  local f = call('HMGET', jkey(id), 's', 'U')
+  if f[1] == 'q' and tonumber(f[2]) and pcall(expire, id) then
+    outcomes[#outcomes + 1] = id
+    outcomes[#outcomes + 1] = 'dead'
+  elseif f[1] ~= 'w' then
+    call('ZREM', R .. ':qt', id)
+  end
+end
 write_ends()
 write_counts()
-promote(1000)
 local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
 for _, id in ipairs(expired) do
   if call('HGET', R .. ':cb:' .. id, 's') == 'p' then

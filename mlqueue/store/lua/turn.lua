@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create ends history progress settle start
+-- parts: events counts queue moves promote create ends history progress settle expire start
 -- A worker's turn: settles what it has finished and fetches what it can start, in one call.
 -- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
 -- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.
@@ -61,7 +61,7 @@ local function take(shelf, n)
     local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
     local before = #ids
     for _, id in ipairs(run) do
-      pcall(start, id, worker) -- one broken record must not hold up the others
+      pcall(start, id, worker, expire) -- one broken record must not hold up the others
     end
     if #ids > before then
       call('SADD', held, unpack(ids, before + 1))
