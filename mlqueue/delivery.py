@@ -98,6 +98,10 @@ class Delivery(MessageProxy):
         self._running_in: int | None = None
         # Held while an exception is raised: after `_leave` none can come any more.
         self._interrupting = threading.Lock()
+        #: What the job shows of itself (`mlqueue.journal`), made when it first does.
+        self.journal: Any = None
+        #: Where the clocks stood when it began (`mlqueue.usage`); None before.
+        self.clocks: Any = None
         #: The data for `CurrentJob`, made when the job first asks.
         self.context: Any = None
 

@@ -129,6 +129,7 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "a list of 1 to 100 names of functions, or None for all",
     ),
     "job_timeout": (lambda value: value is None or (_is_number(value) and value > 0), "seconds (more than 0), or None"),
+    "job_logs": (lambda value: value is None or isinstance(value, bool), "a bool, or None for what the settings say"),
     "waits_count": (lambda value: isinstance(value, bool), "a bool"),
 }
 

@@ -921,7 +921,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"count", "dead", "events", "list", "oldest", "read", "workers"}
+READERS = {"shown", "waiting", "count", "dead", "events", "list", "oldest", "read", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",

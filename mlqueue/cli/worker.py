@@ -17,6 +17,11 @@ from .call import Call, command
 )
 @click.option("--max-jobs", metavar="N", help="Replace a process after so many jobs [MLQUEUE_MAX_JOBS; else never].")
 @click.option("--max-rss", metavar="SIZE", help="Replace a process of more memory: 2G [MLQUEUE_MAX_RSS; else never].")
+@click.option(
+    "--job-logs",
+    metavar="SIZE",
+    help="How much is kept of what a job prints and logs: 1M, none [MLQUEUE_JOB_LOGS; else 256K].",
+)
 def worker(
     call: Call,
     modules: tuple[str, ...],
@@ -25,13 +30,14 @@ def worker(
     queues: tuple[str, ...],
     max_jobs: str | None,
     max_rss: str | None,
+    job_logs: str | None,
 ) -> int:
     """Run worker processes for the actors of these modules: `tasks`, `package.module`, `tasks.py`.
 
     SIGTERM or Ctrl-C lets running jobs end (MLQUEUE_DRAIN); a second one gives them back at once. --namespace chooses
     the app where the modules make several.
     """
-    given = {"processes": processes, "threads": threads, "max_jobs": max_jobs, "max_rss": max_rss}
+    given = {"processes": processes, "threads": threads, "max_jobs": max_jobs, "max_rss": max_rss, "job_logs": job_logs}
     settings = call.settings_under(given)
     names = [name.strip() for text in queues for name in text.split(",") if name.strip()]
     supervisor = Supervisor(modules, settings, queues=names or None, namespace=call.namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Final, NotRequired, TypedDict
@@ -9,7 +10,8 @@ from urllib.parse import urlencode
 
 from flask import Response
 
-from ..errors import InvalidTransition
+from ..errors import InvalidTransition, JobNotFound
+from ..estimate import estimated_start
 from ..handle import Job
 from ..job import Attempt, JobRecord, State
 from ..schema import schema_of
@@ -123,9 +125,9 @@ def next_page(call: Call, name: str, cursor: object | None) -> tuple[str | None,
 def show_job(call: Call, job_id: str) -> Response:
     """Show the record of a job.
 
-    With its position in the queue, its attempts, and links to what can be done. `Prefer: wait=N` waits up to N seconds
-    for its end, and then has a small result in it. With `If-None-Match` it is 304 as long as it is what the client has,
-    and the wait is for any change.
+    With its position in the queue, when it will start as it seems, its attempts, and links to what can be done.
+    `Prefer: wait=N` waits up to N seconds for its end, and then has a small result in it. With `If-None-Match` it is
+    304 as long as it is what the client has, and the wait is for any change.
     """
     record: JobRecord | None
     with call.waiting() as seconds:
@@ -141,6 +143,10 @@ def show_job(call: Call, job_id: str) -> Response:
         return Response(status=304, headers={**headers, "ETag": etag, "Cache-Control": "no-store"})
     headers["ETag"] = etag_of(call, record)
     found = with_result(call, record) if seconds and record.state.ended else shown(call, record)
+    if record.state in (State.QUEUED, State.SCHEDULED):
+        # Not among what the ETag stands for: it is another one each time.
+        with contextlib.suppress(JobNotFound):
+            found["estimated_start"] = estimated_start(call.store, job_id)
     return call.json(found, headers=headers)
 
 

@@ -56,8 +56,8 @@ local function start(id, worker)
   end
   local attempt = tonumber(f[3] or 0) + 1
   if attempt > 1 then
-    -- What an earlier attempt reported, and who started it.
-    call('HDEL', jkey(id), 'v', 'V', 'Y')
+    -- What an earlier attempt reported and used, and who started it.
+    call('HDEL', jkey(id), 'v', 'V', 'Y', 'e')
   end
   call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
   emit('state', id)
