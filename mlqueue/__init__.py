@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         WaitCycle,
     )
     from .handle import Job, JobEvent
-    from .job import DeadReason, JobRecord, Result, State
+    from .job import DeadReason, JobRecord, LogLine, Metric, Point, Result, State, Usage
     from .settings import Settings
 
 __version__ = "0.1.0"
@@ -93,9 +93,12 @@ __all__ = [
     "JobNotFound",
     "JobRecord",
     "KeyReused",
+    "LogLine",
     "MLQueueError",
+    "Metric",
     "MissingDependency",
     "NoCurrentJob",
+    "Point",
     "RangeNotSatisfiable",
     "RequestError",
     "Result",
@@ -114,6 +117,7 @@ __all__ = [
     "TooManyStreams",
     "Unauthorized",
     "UnsupportedBody",
+    "Usage",
     "WaitCycle",
     "current_job",
     "instances",
@@ -182,8 +186,12 @@ _HOMES = {
     "job": (
         "DeadReason",
         "JobRecord",
+        "LogLine",
+        "Metric",
+        "Point",
         "Result",
         "State",
+        "Usage",
     ),
     "settings": ("Settings",),
 }

@@ -23,7 +23,7 @@ from dramatiq.errors import QueueJoinTimeout
 from dramatiq.middleware import Middleware
 from dramatiq.results import Results
 
-from . import codec
+from . import capture, codec
 from .beside import Beside
 from .board import Board, Entry
 from .callbacks import callback_actor
@@ -32,6 +32,7 @@ from .errors import MLQueueError
 from .events import close_hub
 from .heartbeat import HeartbeatHelper
 from .job import DeadReason, NewJob, Result
+from .journal import JournalWriter
 from .message import LIFTED, LISTENER, check_options, from_job, to_job
 from .middleware import TimeLimit, default_middleware
 from .middleware.results import StoreBackend
@@ -42,7 +43,8 @@ from .schema import signature_of
 from .settings import Settings
 from .store import Settle, Store
 from .store.records import CALLBACK, CALLBACKS, quote
-from .store.store import SeenKey, Submitted, common_of, encode_result
+from .store.store import LOG_BYTES, SeenKey, Submitted, common_of, encode_result
+from .usage import Meter
 from .waiting import close_bell
 
 logger = logging.getLogger("mlqueue.broker")
@@ -61,6 +63,7 @@ OWN_OPTIONS: Final = frozenset(
         "callback",
         "waits_count",
         "http",
+        "job_logs",
     }
 )
 
@@ -98,6 +101,9 @@ class StoreBroker(Broker):
         self.store = store
         self.settings = settings
         self.progress = ProgressWriter(store)
+        self.journals = JournalWriter(store)
+        self.meter = Meter(lambda delivery, packed: self.journals.open(delivery).note_usage(packed))
+        self._captures = False
         self.pump: Pump | None = None
         #: The threads beside those of this broker's worker; None while there is none.
         self.beside: Beside | None = None
@@ -272,6 +278,8 @@ class StoreBroker(Broker):
     def close(self) -> None:
         """Ends the background threads of this broker and its connections."""
         self.progress.close()
+        self.journals.close()
+        self.meter.close()
         close_bell(self.store)
         close_hub(self.store)
         self.store.connector.close()
@@ -312,6 +320,8 @@ class StoreBroker(Broker):
                 delivery.thread = threading.get_ident()
                 if self.board is not None:
                     self._write_down(self.board, delivery)
+                if delivery.held.queue != CALLBACKS:
+                    self.meter.begin(delivery)
         elif signal == "worker_boot":
             self._before_worker_boot(args[0])
         elif signal == "worker_shutdown":
@@ -408,6 +418,14 @@ class StoreBroker(Broker):
             if isinstance(item, TimeLimit) and (when := item.deadlines.when(delivery.thread)) < float("inf"):
                 delivery.slot.change(soft=when)
 
+    def log_bytes_of(self, delivery: Delivery) -> int:
+        """How much of the log of a job is kept, in bytes."""
+        actor, kept = self.actors.get(delivery.actor_name), self.settings.job_logs
+        if actor is None:
+            return 0  # a callback
+        chosen = delivery.options.get("job_logs", actor.options.get("job_logs"))
+        return (kept or 0) if chosen is None else (kept or LOG_BYTES) if chosen else 0
+
     def _disarm(self) -> None:
         """In the thread of an actor call that has ended: no time limit may strike from here on."""
         for middleware in self.middleware:
@@ -421,6 +439,7 @@ class StoreBroker(Broker):
             delivery.slot.end()
         delivery.progress = self.progress.take(delivery)
         actor = self.actors.get(delivery.actor_name)
+        self.meter.end(delivery, None if actor is None else actor.fn)
         try:
             settle = delivery.verdict()
         except Exception as error:
@@ -429,6 +448,8 @@ class StoreBroker(Broker):
             settle = Settle.bury(
                 delivery.held.id, delivery.held.attempt, DeadReason.UNSTORABLE, describe(error), common_of()
             )
+        if delivery.journal is not None and delivery.journal.end():
+            settle.journal = delivery.journal
         wait = actor is not None and bool(actor.options.get("sync_ack"))
         if isinstance(threading.current_thread(), dramatiq.worker.ConsumerThread):
             wait = False
@@ -499,6 +520,10 @@ class StoreBroker(Broker):
     def _before_worker_boot(self, worker: dramatiq.Worker) -> None:
         self.worker = worker
         self.broken.clear()
+        chosen = any(actor.options.get("job_logs") for actor in self.actors.values())
+        if (chosen or self.settings.job_logs is not None) and not self._captures:
+            self._captures = True
+            capture.install()
         self.pump = self._new_pump()
         worker.work_queue = WorkQueue(self.pump)  # type: ignore[assignment]
         self.beside = Beside(self, self.pump, worker)
@@ -538,6 +563,9 @@ class StoreBroker(Broker):
         # Left in place, the stopped worker's own middleware would start a consumer for the next queue that is declared.
         self.middleware = [item for item in self.middleware if getattr(item, "worker", None) is not worker]
         pump, self.pump, self.worker = self.pump, None, None
+        if self._captures:
+            self._captures = False
+            capture.uninstall()
         if self._helper is not None:
             # Before the worker is released: a beat after that would make it known again.
             self._helper.stop()

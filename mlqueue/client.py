@@ -24,11 +24,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, Literal, TypeVar, cast, overload
 from urllib.parse import parse_qs, urlsplit
 
 from . import codec
-from .client_events import Watch, number
+from .client_events import Follow, Watch, number
 from .client_http import BROKEN, Transport
 from .errors import (
     InvalidJob,
@@ -39,7 +39,7 @@ from .errors import (
     StoreUnavailable,
 )
 from .files import replacing
-from .handle import JobEvent, events_of, refuse_on_event_loop
+from .handle import JobEvent, check_tail, events_of, refuse_on_event_loop
 from .job import (
     Attempt,
     CallbackAttempt,
@@ -47,13 +47,18 @@ from .job import (
     DeadReason,
     JobError,
     JobRecord,
+    LogLine,
+    Metric,
+    Point,
     Result,
     State,
+    Usage,
     new_id,
     positive,
     seconds,
     timestamp,
 )
+from .notebook import Bar
 from .store import Page
 
 __all__ = ["Client", "Job"]
@@ -200,7 +205,7 @@ class Client:
         return f"<Client of {self._http.url}>"
 
 
-class Job(Generic[R_co]):
+class Job(Bar, Generic[R_co]):
     """A job behind a web server: as `mlqueue.Job`, each property asks the server anew."""
 
     def __init__(self, client: Client, job_id: str) -> None:
@@ -213,6 +218,9 @@ class Job(Generic[R_co]):
     def record(self) -> JobRecord:
         """Everything that is known of the job. Raises `JobNotFound`."""
         return _record_of(self._http.json("GET", self._path()))
+
+    def _look(self) -> JobRecord:
+        return self.record
 
     @property
     def state(self) -> State:
@@ -228,6 +236,11 @@ class Job(Generic[R_co]):
     def position(self) -> int | None:
         """How many jobs are ahead of it in its queue (0: it is next); None unless it is queued."""
         return self.record.position
+
+    @property
+    def estimated_start(self) -> float | None:
+        """When the job will start, as it seems from how long jobs have run so far; as `mlqueue.Job.estimated_start`."""
+        return self.record.estimated_start
 
     @property
     def short_result(self) -> bool | int | float | str | None:
@@ -285,6 +298,55 @@ class Job(Generic[R_co]):
         """
         refuse_on_event_loop("events")
         return events_of(Watch(self._http, self._path(), _deadline(timeout)))
+
+    @overload
+    def metrics(self, *, follow: Literal[False] = False) -> dict[str, list[Point]]: ...
+
+    @overload
+    def metrics(self, *, follow: Literal[True], timeout: float | timedelta | None = None) -> Iterator[Metric]: ...
+
+    def metrics(
+        self, *, follow: bool = False, timeout: float | timedelta | None = None
+    ) -> dict[str, list[Point]] | Iterator[Metric]:
+        """What the job has logged with `CurrentJob.log_metrics`; as `mlqueue.Job.metrics`."""
+        if not follow:
+            return _points_of(self._http.json("GET", self._path("metrics")))
+        refuse_on_event_loop("metrics")
+        return self._new_metrics(_deadline(timeout))
+
+    def _new_metrics(self, deadline: float | None) -> Iterator[Metric]:
+        at = 0.0
+        for part in Follow(self._http, self.id, "metrics", deadline):
+            found = _points_of(part)
+            new = [Metric(name, *point) for name, points in found.items() for point in points if point.at > at]
+            for metric in sorted(new, key=lambda one: one.at):
+                at = metric.at
+                yield metric
+
+    @overload
+    def logs(self, *, follow: Literal[False] = False, tail: int | None = None) -> list[LogLine]: ...
+
+    @overload
+    def logs(
+        self, *, follow: Literal[True], tail: int | None = None, timeout: float | timedelta | None = None
+    ) -> Iterator[LogLine]: ...
+
+    def logs(
+        self, *, follow: bool = False, tail: int | None = None, timeout: float | timedelta | None = None
+    ) -> list[LogLine] | Iterator[LogLine]:
+        """What the job has printed and logged, as far as it is kept; as `mlqueue.Job.logs`."""
+        begin = {} if tail is None else {"tail": check_tail(tail)}
+        if follow:
+            refuse_on_event_loop("logs")
+            parts = Follow(self._http, self.id, "logs", _deadline(timeout), begin)
+            return (LogLine(**line) for part in parts for line in part.get("lines", ()))
+        lines: list[LogLine] = []
+        while True:
+            part = self._http.json("GET", self._http.path("jobs", self.id, "logs", **begin))
+            lines += [LogLine(**line) for line in part["lines"]]
+            if "tail" in begin or not part["lines"]:
+                return lines
+            begin = {"first": part["next"]}
 
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state that it is in then:
@@ -424,6 +486,14 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _points_of(part: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """The points of each metric in an answer."""
+    return {
+        name: [Point(step, number(value), at) for step, value, at in points]
+        for name, points in part.get("metrics", {}).items()
+    }
+
+
 #: Fields of a record, and what makes their values of JSON.
 _FIELDS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "state": State,
@@ -432,8 +502,15 @@ _FIELDS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "tags": tuple,
     "functions": tuple,
     "error": lambda value: _made(JobError, value),
+    "usage": lambda value: _made(Usage, value),
     "attempts": lambda values: tuple(
-        _made(Attempt, value, error=value.get("error") and _made(JobError, value["error"])) for value in values
+        _made(
+            Attempt,
+            value,
+            error=value.get("error") and _made(JobError, value["error"]),
+            usage=value.get("usage") and _made(Usage, value["usage"]),
+        )
+        for value in values
     ),
     "callback_attempts": lambda values: tuple(_made(CallbackAttempt, value) for value in values),
 }

@@ -9,14 +9,14 @@ from __future__ import annotations
 import codecs
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from .client_http import BROKEN, Transport
 from .errors import JobNotFound, MLQueueError, RequestError, Unauthorized
 from .job import State
 
-__all__ = ["Watch", "messages", "number"]
+__all__ = ["Follow", "Watch", "messages", "number"]
 
 STREAM: Final = "text/event-stream"
 
@@ -91,24 +91,8 @@ class Watch:
 
     def _listen(self) -> Iterator[Look]:
         """What a stream tells, until it ends. Raises `_NoStream` when there is none."""
-        headers = {"Last-Event-ID": self._last_id} if self._last_id else {}
+        response = open_stream(self._http, f"{self._path}/events", self._last_id, self._left(SILENCE))
         try:
-            response = self._http.request(
-                "GET",
-                f"{self._path}/events",
-                accept=STREAM,
-                headers=headers,
-                patience=0.0,
-                read=self._left(SILENCE),
-                stream=True,
-            )
-        except (JobNotFound, Unauthorized):
-            raise
-        except MLQueueError as error:
-            raise _NoStream from error
-        try:
-            if not response.headers.get("Content-Type", "").startswith(STREAM):
-                raise _NoStream
             for message in messages(iter(lambda: response.read1(65_536), b"")):
                 self._last_id = message.id or self._last_id
                 if message.event in TOLD:
@@ -139,6 +123,96 @@ class Watch:
                 # So many wait already that the server answers at once.
                 time.sleep(self._left(pause))
                 pause = min(1.3 * pause, LONGEST_LOOK)
+
+
+class Follow:
+    """What a job shows of itself, part by part: to its end, or to `deadline` (monotonic).
+
+    Parameters:
+      what: ``logs`` or ``metrics``.
+      begin: What the first request asks for (``tail``).
+    """
+
+    def __init__(
+        self, http: Transport, job_id: str, what: str, deadline: float | None, begin: Mapping[str, Any] | None = None
+    ) -> None:
+        self._http = http
+        self._job_id = job_id
+        self._what = what
+        self._deadline = deadline
+        self._begin = dict(begin or {})
+        #: What goes on behind what has come: ``next`` of the last part.
+        self._next: Any = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        failures = 0
+        while failures < FAILURES and not self._is_over():
+            failures += 1
+            try:
+                for part in self._listen():
+                    failures = 0
+                    yield part
+                    if part["ended"]:
+                        return
+            except _NoStream:
+                break
+        yield from self._ask()
+
+    def _is_over(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _left(self, most: float) -> float:
+        return most if self._deadline is None else max(0.01, min(most, self._deadline - time.monotonic()))
+
+    def _listen(self) -> Iterator[dict[str, Any]]:
+        response = open_stream(
+            self._http,
+            self._http.path("jobs", self._job_id, self._what, follow="true", **({} if self._next else self._begin)),
+            "" if self._next is None else str(self._next),
+            self._left(SILENCE),
+        )
+        try:
+            for message in messages(iter(lambda: response.read1(65_536), b"")):
+                if message.event == self._what:
+                    part = json.loads(message.data)
+                    self._next = part["next"]
+                    yield part
+                elif message.event == "end":
+                    yield {"ended": True}
+                if self._is_over():
+                    return
+        except (*BROKEN, ValueError, KeyError):
+            return  # it is opened again
+        finally:
+            response.close()
+
+    def _ask(self) -> Iterator[dict[str, Any]]:
+        pause = FIRST_LOOK
+        name = "first" if self._what == "logs" else "after"
+        while True:
+            asked = self._begin if self._next is None else {name: self._next}
+            part: dict[str, Any] = self._http.json("GET", self._http.path("jobs", self._job_id, self._what, **asked))
+            pause = FIRST_LOOK if part["next"] != self._next else min(1.3 * pause, LONGEST_LOOK)
+            self._next = part["next"]
+            yield part
+            if part["ended"] or self._is_over():
+                return
+            time.sleep(self._left(pause))
+
+
+def open_stream(http: Transport, path: str, last_id: str, silence: float) -> Any:
+    """The answer that is a stream of events, those behind `last_id`. Raises `_NoStream` when there is none."""
+    headers = {"Last-Event-ID": last_id} if last_id else {}
+    try:
+        response = http.request("GET", path, accept=STREAM, headers=headers, patience=0.0, read=silence, stream=True)
+    except (JobNotFound, Unauthorized):
+        raise
+    except MLQueueError as error:
+        raise _NoStream from error
+    if not response.headers.get("Content-Type", "").startswith(STREAM):
+        response.close()
+        raise _NoStream
+    return response
 
 
 class _NoStream(Exception):

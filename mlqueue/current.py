@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sized
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from . import codec
 from .data import Data
 from .delivery import Delivery, HandBack, current_delivery
-from .errors import NoCurrentJob
+from .errors import InvalidJob, NoCurrentJob
 from .job import positive
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ MAX_CHECKPOINT: Final = 2**31
 
 #: How often `CurrentJob.track` reports, in seconds.
 TRACK_INTERVAL: Final = 0.02
+
+
+#: The longest name of a metric, in characters.
+MAX_METRIC: Final = 200
 
 
 class CurrentJob:
@@ -86,6 +92,33 @@ class CurrentJob:
         """
         self._broker.progress.report(self._delivery, value, note)
 
+    def log_metrics(self, step: float, /, **values: float) -> None:
+        """Keeps values of metrics at a step: ``job.log_metrics(epoch, loss=0.1, accuracy=0.97)``.
+
+        They are kept with the job, for `Job.metrics`, and written a few times a second, the last of them before the
+        job's end. Of each metric so many values are kept as the settings' ``metric_points`` says, over its whole
+        course, and the newest. Where an attempt begins again at an earlier step, what an earlier one had from there on
+        is replaced. What cannot be written is logged, and no error in the job; what is no number is.
+        """
+        if not _is_real(step) or not math.isfinite(step):
+            raise InvalidJob(f"log_metrics(step={step!r}): a step is a number, such as that of the epoch.")
+        checked = {}
+        for name, value in values.items():
+            item = getattr(value, "item", None)
+            number = item() if callable(item) and getattr(value, "ndim", None) == 0 else value
+            if not _is_real(number) or not 0 < len(name) <= MAX_METRIC or not name.isprintable():
+                raise InvalidJob(
+                    f"log_metrics({name[:MAX_METRIC]}={value!r}): a metric is a number, its name has at most "
+                    f"{MAX_METRIC} characters that can be printed. Of an array log what you want to see of it, such as "
+                    "its mean."
+                )
+            checked[name] = float(number)
+        if checked:
+            try:
+                self._broker.journals.open(self._delivery).log_metrics(float(step), checked)
+            except ValueError as error:
+                raise InvalidJob(f"log_metrics: {error}. Have several jobs, or fewer metrics.") from None
+
     def track(self, items: Iterable[T], total: int | None = None, note: str | None = None) -> Iterator[T]:
         """Yields the items and reports percent done. `total` is taken from ``len(items)`` when it has one."""
         if total is None:
@@ -140,6 +173,14 @@ class CurrentJob:
 
     def __repr__(self) -> str:
         return f"<CurrentJob {self.id} {self.actor_name} attempt {self.attempt}>"
+
+
+def _is_real(value: object) -> bool:
+    """Whether it is a number that a float can stand for."""
+    try:
+        return isinstance(value, numbers.Real) and isinstance(float(value), float)
+    except OverflowError:
+        return False
 
 
 def current_job() -> CurrentJob:

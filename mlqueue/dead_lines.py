@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from . import codec
 from .errors import DecodeError, InvalidJob
-from .job import Attempt, DeadReason, JobError, JobRecord, NewJob, State, check_id, seconds, timestamp
+from .job import Attempt, DeadReason, JobError, JobRecord, NewJob, State, Usage, check_id, seconds, timestamp
 from .message import check_options
 from .store.records import CALLBACKS, pack_dead
 from .values import plain
@@ -217,7 +217,22 @@ def _read_attempt(entry: Mapping[str, Any]) -> Attempt:
         outcome=_field(entry, "outcome", _is_name, "a text that is not empty"),
         stage=_text(entry, "stage"),
         error=_read_error(entry),
+        usage=_read_usage(entry),
     )
+
+
+def _read_usage(entry: Mapping[str, Any]) -> Usage | None:
+    usage = _field(entry, "usage", lambda value: value is None or isinstance(value, dict), "an object, or null", None)
+    if usage is None:
+        return None
+
+    def number(name: str) -> int | None:
+        given: int | None = _field(usage, name, lambda one: one is None or _is_count(one), "an int, or null", None)
+        return given
+
+    cpu = seconds(usage.get("cpu_seconds"), "cpu_seconds")
+    memory, gpu = number("peak_memory"), number("gpu_memory")
+    return Usage(cpu_seconds=cpu, peak_memory=memory, gpu_memory=gpu, alone=usage.get("alone") is True)
 
 
 def _read_error(entry: Mapping[str, Any]) -> JobError | None:

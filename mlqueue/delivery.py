@@ -110,6 +110,10 @@ class Delivery(MessageProxy):
         #: By how many seconds its limits were prolonged, and of that what has been made known.
         self.extended_by = 0.0
         self._prolonged_by = 0.0
+        #: What the job shows of itself (`mlqueue.journal`), made when it first does.
+        self.journal: Any = None
+        #: Where the clocks stood when it began (`mlqueue.usage`); None before.
+        self.clocks: Any = None
         #: The data for `CurrentJob`, made when the job first asks.
         self.context: Any = None
 
@@ -191,7 +195,7 @@ class Delivery(MessageProxy):
         common = common_of(self.progress, self.spawned, self.group)
         if self.handed_back or isinstance(exception, Shutdown):
             # Whatever Retries has made of it: the worker ends, the job has not failed.
-            return Settle.give_back(job_id, attempt, common_of(self.progress), self.hand_back_delay)
+            return Settle.give_back(job_id, attempt, common_of(self.progress), delay=self.hand_back_delay)
         if self.heeded or isinstance(exception, Cancelled):
             return Settle.cancelled(job_id, attempt, common_of(self.progress))
         if not failed and self.retry_delay is not None:

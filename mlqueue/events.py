@@ -22,7 +22,7 @@ from .errors import StoreError
 from .job import State
 from .store import Store
 from .store.connection import shut, translated
-from .store.events import UNHEARD, Event, place
+from .store.events import OF_JOB, UNHEARD, Event, place
 
 #: For how long the store tells of changes, in seconds, after a hub has said that somebody listens; and how often it
 #: says so.
@@ -288,7 +288,7 @@ class Hub:
     def _hand_on(self, event: Event) -> None:
         with self._lock:
             of_job = self._of_all_jobs() if event.kind == UNHEARD else self._of_job.get(event.id, ())
-            concerned = [*of_job, *self._of_all]
+            concerned = [*of_job, *(() if event.kind in OF_JOB else self._of_all)]
         for listener in concerned:
             if listener.filter.passes(event):
                 listener.hand(event)

@@ -6,13 +6,16 @@ import asyncio
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator
 from datetime import timedelta
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast, overload
 
 from . import codec
-from .errors import JobCancelled, JobFailed, MLQueueError, ResultTimeout
-from .job import JobError, JobRecord, Result, State, positive, seconds
+from .errors import InvalidJob, JobCancelled, JobFailed, MLQueueError, ResultTimeout
+from .estimate import estimated_start
+from .following import follow_log, follow_metrics, read_log
+from .job import JobError, JobRecord, LogLine, Metric, Point, Result, State, positive, seconds
 from .message import check_options
 from .nested import await_end, wait_end
+from .notebook import Bar
 from .store import Store
 from .store.store import Outcome
 from .waiting import changes
@@ -68,6 +71,13 @@ def _event(kind: str, look: Look) -> JobEvent:
     return JobEvent(kind=kind, state=look.state, progress=look.progress, note=look.progress_note, attempt=look.attempt)
 
 
+def check_tail(tail: int) -> int:
+    """How many of the last lines of a log are asked for, checked."""
+    if not isinstance(tail, int) or isinstance(tail, bool) or tail < 1:
+        raise InvalidJob(f"logs(tail={tail!r}): how many of the last lines is an int, 1 or more; None is all.")
+    return tail
+
+
 def refuse_on_event_loop(method: str) -> None:
     """Raises `MLQueueError` in a coroutine, where this method of a job would block all others."""
     try:
@@ -77,7 +87,7 @@ def refuse_on_event_loop(method: str) -> None:
     raise MLQueueError(f"Job.{method}() would block the event loop; write `await job` there.")
 
 
-class Job(Generic[R_co]):
+class Job(Bar, Generic[R_co]):
     """A job in the store. Holds its id only: every property asks the store anew (`record` asks for all at once)."""
 
     def __init__(self, store: Store, job_id: str) -> None:
@@ -106,6 +116,13 @@ class Job(Generic[R_co]):
         return self._brief().position
 
     @property
+    def estimated_start(self) -> float | None:
+        """When the job will start, as it seems from how long jobs have run so far: Unix seconds, by the store's clock.
+        None for one that has started, and where it cannot be told: no worker can run it, or one of the jobs before it
+        is of an actor that has never run. What is assumed, `mlqueue.estimate` says."""
+        return estimated_start(self._store, self.id)
+
+    @property
     def short_result(self) -> bool | int | float | str | None:
         """The short result; None while there is none. Does not load the full one."""
         return self._brief().short_result
@@ -114,6 +131,11 @@ class Job(Generic[R_co]):
     def done(self) -> bool:
         """Whether the job has ended, well or not."""
         return self.state.ended
+
+    def _look(self) -> JobRecord:
+        record = self._brief()
+        waits = record.state in (State.QUEUED, State.SCHEDULED)
+        return dataclasses.replace(record, estimated_start=self.estimated_start) if waits else record
 
     def _brief(self) -> JobRecord:
         return self._store.record(self.id, full=False)
@@ -158,6 +180,47 @@ class Job(Generic[R_co]):
         """
         refuse_on_event_loop("events")
         return events_of(self._brief() for _ in changes(self._store, self.id, seconds(timeout, "timeout")))
+
+    @overload
+    def metrics(self, *, follow: Literal[False] = False) -> dict[str, list[Point]]: ...
+
+    @overload
+    def metrics(self, *, follow: Literal[True], timeout: float | timedelta | None = None) -> Iterator[Metric]: ...
+
+    def metrics(
+        self, *, follow: bool = False, timeout: float | timedelta | None = None
+    ) -> dict[str, list[Point]] | Iterator[Metric]:
+        """What the job has logged with `CurrentJob.log_metrics`: the points (step, value, at) of each metric by its
+        name, oldest first. Of long series every second, fourth ... value is kept.
+
+        With `follow` yields the values (name, step, value, at) that there are, and those to come, until the job has
+        ended or `timeout` seconds have passed.
+        """
+        if not follow:
+            return self._store.metrics(self.id).points
+        refuse_on_event_loop("metrics")
+        return follow_metrics(self._store, self.id, seconds(timeout, "timeout"))
+
+    @overload
+    def logs(self, *, follow: Literal[False] = False, tail: int | None = None) -> list[LogLine]: ...
+
+    @overload
+    def logs(
+        self, *, follow: Literal[True], tail: int | None = None, timeout: float | timedelta | None = None
+    ) -> Iterator[LogLine]: ...
+
+    def logs(
+        self, *, follow: bool = False, tail: int | None = None, timeout: float | timedelta | None = None
+    ) -> list[LogLine] | Iterator[LogLine]:
+        """What the job has printed and logged, as far as it is kept: its last lines, at most `tail` of them.
+
+        With `follow` yields those, and those to come, until the job has ended or `timeout` seconds have passed.
+        """
+        first = 0 if tail is None else -check_tail(tail)
+        if not follow:
+            return read_log(self._store, self.id, first)[0]
+        refuse_on_event_loop("logs")
+        return follow_log(self._store, self.id, first, seconds(timeout, "timeout"))
 
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""

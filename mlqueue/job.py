@@ -13,11 +13,26 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from .errors import InvalidJob
 
-__all__ = ["MOVES", "Attempt", "DeadReason", "JobError", "JobRecord", "NewJob", "Result", "State", "check_id", "new_id"]
+__all__ = [
+    "MOVES",
+    "Attempt",
+    "DeadReason",
+    "JobError",
+    "JobRecord",
+    "LogLine",
+    "Metric",
+    "NewJob",
+    "Point",
+    "Result",
+    "State",
+    "Usage",
+    "check_id",
+    "new_id",
+]
 
 
 class State(StrEnum):
@@ -98,6 +113,57 @@ class JobError:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an attempt used, as its worker measured it. Attempts of less than a tenth of a second are not measured."""
+
+    #: Seconds of processor time. Where the job ran `alone` those of its whole process, the threads and libraries that
+    #: it used included; else those of the thread that ran it, and None where that is not known: of an async actor, and
+    #: while it runs.
+    cpu_seconds: float | None
+    #: The most memory that the process had while the job ran, in bytes, whoever of several jobs took it.
+    peak_memory: int | None
+    #: The most memory of GPUs that the process was seen to have, in bytes; None without nvidia-ml-py or a GPU.
+    gpu_memory: int | None
+    #: Whether no other job ran in the process meanwhile.
+    alone: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LogLine:
+    """A line of a job's log, or a message of several lines."""
+
+    #: Its place among those of the job, from 0 on.
+    number: int
+    #: When it was written; Unix seconds, by the worker's clock.
+    at: float
+    #: The attempt that wrote it.
+    attempt: int
+    #: ``stdout``, ``stderr``, or ``logging``.
+    stream: str
+    #: The name of the level of what was logged: ``WARNING``; None for the other two.
+    level: str | None
+    text: str
+
+
+class Point(NamedTuple):
+    """A value of a metric."""
+
+    step: int | float
+    value: float
+    #: When it was logged; Unix seconds, by the worker's clock.
+    at: float
+
+
+class Metric(NamedTuple):
+    """A value of a metric, with the metric's name: as `Job.metrics` yields them while it follows."""
+
+    name: str
+    step: int | float
+    value: float
+    at: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """A start of a job that did not end in success."""
 
@@ -114,6 +180,8 @@ class Attempt:
     #: How a limit of time ended it: ``interrupted`` (an exception was raised in it) or ``killed`` (with its process);
     #: None when none did.
     stage: str | None = None
+    #: What it used; None where it was not measured.
+    usage: Usage | None = None
 
 
 class CallbackState(StrEnum):
@@ -287,6 +355,10 @@ class JobRecord:
     callback: str | None = None
     callback_state: CallbackState | None = None
     callback_attempts: tuple[CallbackAttempt, ...] = ()
+    #: What the last attempt used, or uses; None where that was not measured.
+    usage: Usage | None = None
+    #: When it will start, as it seems, of a job that waits; only where that was asked for (`Job.estimated_start`).
+    estimated_start: float | None = dataclasses.field(default=None, compare=False)
 
     @property
     def short_text(self) -> str:

@@ -139,6 +139,7 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
         "seconds (more than 0), or None",
     ),
     "kill": (lambda value: isinstance(value, bool), "a bool"),
+    "job_logs": (lambda value: value is None or isinstance(value, bool), "a bool, or None for what the settings say"),
     "waits_count": (lambda value: isinstance(value, bool), "a bool"),
 }
 

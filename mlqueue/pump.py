@@ -352,6 +352,7 @@ class Pump:
                 self._unsettled = []
                 self._committing += 1
             try:
+                self._write_journals(batch)
                 refused = self.store.settle([entry.settle for entry in batch])
                 for entry in pending:
                     entry.sent_alone = True
@@ -552,6 +553,7 @@ class Pump:
                 self._pending = (command, batch)
         else:
             want = self._pending[0][6]
+        self._write_journals(self._pending[1], patience=0.0)
         # Sent again, unchanged, until it is answered: the nonce in it makes the store repeat its answer.
         with translated(self.store.connector.where):
             answer = send(self._connection, self._pending[0], script("turn"))
@@ -560,6 +562,14 @@ class Pump:
         self._pending = None
         self._answered(batch, turn.refused)
         self._took(turn, want)
+
+    def _write_journals(self, batch: list[Unsettled], patience: float | None = None) -> None:
+        """Writes what these attempts have shown of themselves: behind their ends it would be refused."""
+        journals = [entry.settle.journal for entry in batch if entry.settle.journal is not None]
+        if journals:
+            journals[0].writer.write_last(journals, patience)
+            for entry in batch:
+                entry.settle.journal = None
 
     def _waits_for_others(self, lanes: list[tuple[str, str]], want: int) -> bool:
         if self._armed == "own":

@@ -454,6 +454,21 @@ class Settings:
         default=512 * _MIB,
         metadata=_about("How large the data under one key may be that jobs keep for each other.", _Size(1, 64 * _GIB)),
     )
+    job_logs: int | None = field(
+        default=256 * _KIB,
+        metadata=_about(
+            "How much is kept of what a job prints and logs, its last lines, for actors that do not say it themselves.",
+            _Size(_KIB, 64 * _MIB),
+            none="nothing",
+        ),
+    )
+    metric_points: int = field(
+        default=1000,
+        metadata=_about(
+            "How many values of each of its metrics are kept of a job; when there are more, every second one goes.",
+            _Count(10, 100_000),
+        ),
+    )
     data_home: Path | None = field(
         default=None,
         metadata=_about(

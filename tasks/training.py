@@ -52,6 +52,7 @@ def train_digits(
             job.save_checkpoint(training.state())
             note = f"epoch {training.epoch} of {epochs}: loss {last['loss']:.4f}, accuracy {last['accuracy']:.3f}"
             job.progress(100 * training.epoch / epochs, note)
+            job.log_metrics(training.epoch, loss=last["loss"], accuracy=last["accuracy"])
             if job.cancelled or job.stopping:
                 return None  # a stopping worker's job goes back to its queue and is resumed elsewhere
     job.store_data(codec.encode(training.model()), model_key(job.id), MODEL_TTL)

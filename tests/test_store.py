@@ -922,7 +922,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"count", "dead", "events", "list", "oldest", "read", "standing", "workers"}
+READERS = {"count", "dead", "events", "list", "oldest", "read", "shown", "standing", "waiting", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",

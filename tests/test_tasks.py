@@ -124,6 +124,9 @@ def test_the_defaults_reach_an_accuracy_of_95_percent_and_predict_the_test_digit
     assert ("image/png", b"\x89PNG\r\n\x1a\n") == (result.content_type, result.full[:8])
     assert 100 == record.progress
     assert str(record.progress_note).startswith("epoch 6 of 6: loss 0.")
+    metrics = job.metrics()
+    assert [1, 2, 3, 4, 5, 6] == [point.step for point in metrics["loss"]]
+    assert accuracy == pytest.approx(metrics["accuracy"][-1].value, abs=5e-4)
     answer = predict_digits.submit(digits.test_images, model=job.id).result(timeout=1)
     assert accuracy == pytest.approx(float(np.mean(answer["digits"] == digits.test_labels)), abs=5e-4)
     assert answer["confidence"].min() > 0.1

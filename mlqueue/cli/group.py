@@ -37,6 +37,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "jobs": Entry("look", "List jobs, newest first."),
     "show": Entry("look", "Show all that is known of a job."),
     "watch": Entry("watch", "Watch jobs until they end."),
+    "logs": Entry("logs", "Show what a job has printed and logged."),
     "result": Entry("result", "Wait for a job and print its result."),
     "stats": Entry("look", "Count jobs, and list the workers."),
     "cancel": Entry("steer", "Cancel jobs."),

@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from .. import codec
 from ..errors import MLQueueError
+from ..estimate import estimated_start
 from ..job import Attempt, CallbackAttempt, JobRecord, State
 from ..store import Store, WorkerInfo
 from . import types
 from .call import Call, command
 from .live import status
 from .opening import open_store
-from .text import ago, clean, clean_lines, cut, duration, error_text, iso, on_terminal, progress, table
+from .text import ago, clean, clean_lines, cut, duration, error_text, iso, on_terminal, progress, table, usage_text
 from .values import plain
 
 #: How many jobs are asked of the store at once.
@@ -109,7 +111,7 @@ def _row(record: JobRecord) -> tuple[str, ...]:
 def show(call: Call, job_id: str) -> None:
     """Show all that is known of a job: record, arguments, error with its traceback, attempts."""
     store = open_store(call)
-    record = store.record(job_id)
+    record = replace(store.record(job_id), estimated_start=estimated_start(store, job_id))
     call_of = _arguments(store, job_id)
     if call.json:
         call.emit({**record.asdict(), **call_of})
@@ -164,7 +166,9 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
         ("finished", record.finished_at),
     ):
         yield name, moment and f"{iso(moment)}  ({ago(moment)})"
+    yield "starts", record.estimated_start and f"about {ago(record.estimated_start)}"
     yield "worker", record.worker
+    yield "used", record.usage and usage_text(record.usage)
     counts = {"attempt": record.attempt, "retries": record.retries, "crashes": record.crashes, "stalls": record.stalls}
     counts["timeouts"] = record.timeouts
     yield "counts", ", ".join(f"{name} {number}" for name, number in counts.items() if number)
@@ -207,7 +211,9 @@ def _attempt(attempt: Attempt) -> str:
     why = f": {error_text(attempt.error)}" if attempt.error else ""
     took = duration(max(0.0, attempt.ended_at - attempt.started_at))
     stage = f" ({attempt.stage})" if attempt.stage else ""
-    return clean(f"{iso(attempt.started_at)}  {attempt.outcome}{stage} after {took} on {attempt.worker}{why}")
+    used = f", used {usage_text(attempt.usage)}" if attempt.usage else ""
+    ended = f"{iso(attempt.started_at)}  {attempt.outcome}{stage} after {took} on {attempt.worker}"
+    return clean(f"{ended}{used}{why}")
 
 
 def _callback_attempt(tried: CallbackAttempt) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from ..job import JobError, JobRecord
+from ..job import JobError, JobRecord, Usage
 
 #: Units for ages: seconds from which on it is used, seconds in it, its letter.
 UNITS: Final = ((2 * 86400, 86400, "d"), (2 * 3600, 3600, "h"), (120, 60, "m"), (0, 1, "s"))
@@ -73,6 +73,14 @@ def progress(record: JobRecord) -> str:
     return clean(" ".join(part for part in (shown, record.progress_note) if part))
 
 
+def usage_text(usage: Usage) -> str:
+    """What an attempt used."""
+    parts = [] if usage.cpu_seconds is None else [f"{duration(usage.cpu_seconds)} of processor time"]
+    for what, size in (("memory", usage.peak_memory), ("GPU memory", usage.gpu_memory)):
+        parts += [] if size is None else [f"{size / 2**20:,.0f} MiB of {what}"]
+    return ", ".join(parts) + ("" if usage.alone else " (beside other jobs)")
+
+
 def error_text(error: JobError) -> str:
     """An error as Python prints it, on one line."""
     kind = error.type.removeprefix("builtins.")
@@ -108,4 +116,5 @@ __all__ = [
     "one_line",
     "progress",
     "table",
+    "usage_text",
 ]

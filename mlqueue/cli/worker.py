@@ -23,6 +23,11 @@ from .call import Call, command
     help="Kill the process of a cancelled or overdue job that has not ended so much later [MLQUEUE_KILL_GRACE; else "
     "those of actors with kill=True, after 10s].",
 )
+@click.option(
+    "--job-logs",
+    metavar="SIZE",
+    help="How much is kept of what a job prints and logs: 1M, none [MLQUEUE_JOB_LOGS; else 256K].",
+)
 def worker(
     call: Call,
     modules: tuple[str, ...],
@@ -32,6 +37,7 @@ def worker(
     max_jobs: str | None,
     max_rss: str | None,
     kill_grace: str | None,
+    job_logs: str | None,
 ) -> int:
     """Run worker processes for the actors of these modules: `tasks`, `package.module`, `tasks.py`.
 
@@ -39,7 +45,7 @@ def worker(
     the app where the modules make several.
     """
     given = {"processes": processes, "threads": threads, "max_jobs": max_jobs, "max_rss": max_rss}
-    given["kill_grace"] = kill_grace
+    given |= {"kill_grace": kill_grace, "job_logs": job_logs}
     settings = call.settings_under(given)
     names = [name.strip() for text in queues for name in text.split(",") if name.strip()]
     supervisor = Supervisor(modules, settings, queues=names or None, namespace=call.namespace)

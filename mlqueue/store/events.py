@@ -17,6 +17,9 @@ from .records import CALLBACK_STATES, STATES, unquote
 #: The kind of an entry that says that nobody listened before it.
 UNHEARD: Final = "-"
 
+#: The kinds that those are told of alone who listen to the job itself: its log and its metrics have something new.
+OF_JOB: Final = ("logs", "metrics")
+
 #: The upper bounds of the buckets of histograms, in seconds; part_counts.lua has the same in ms.
 BOUNDS: Final = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86400.0)
 
@@ -29,8 +32,8 @@ class Event(NamedTuple):
 
     #: Where it stands among the others; see `place`.
     event_id: str
-    #: ``state``, ``progress``, ``callback`` (a try to deliver it was made, or is to be) or ``removed`` (the job was
-    #: forgotten before its end); `UNHEARD` for no change of a job.
+    #: ``state``, ``progress``, ``callback`` (a try to deliver it was made, or is to be), ``removed`` (the job was
+    #: forgotten before its end), ``logs`` or ``metrics`` (there are more); `UNHEARD` for no change of a job.
     kind: str
     id: str = ""
     queue: str = ""
@@ -141,4 +144,15 @@ def decode_counters(fields: Mapping[bytes, bytes]) -> Counters:
     return found
 
 
-__all__ = ["BOUNDS", "ID", "UNHEARD", "Counters", "Event", "Histogram", "decode_counters", "decode_event", "place"]
+__all__ = [
+    "BOUNDS",
+    "ID",
+    "OF_JOB",
+    "UNHEARD",
+    "Counters",
+    "Event",
+    "Histogram",
+    "decode_counters",
+    "decode_event",
+    "place",
+]

@@ -11,7 +11,7 @@ import msgpack
 
 from .. import codec
 from ..errors import InvalidJob
-from ..job import Attempt, CallbackAttempt, CallbackState, DeadReason, JobError, JobRecord, NewJob, State
+from ..job import Attempt, CallbackAttempt, CallbackState, DeadReason, JobError, JobRecord, NewJob, State, Usage
 
 #: The letters that the scripts know the states by.
 LETTERS: Final = {
@@ -125,6 +125,8 @@ def pack_dead(job: NewJob, record: JobRecord, checkpoint: tuple[int, bytes, int,
         fields["w"] = record.worker
     if record.started_at is not None:
         fields["u"] = milliseconds(record.started_at)
+    if record.usage is not None:
+        fields["e"] = pack_usage(record.usage, record.attempt)
     if record.progress is not None:
         fields |= {"v": codec.encode(record.progress), "V": record.progress_note or ""}
     return pack(
@@ -149,7 +151,8 @@ def _pack_attempt(attempt: Attempt) -> bytes:
             milliseconds(attempt.ended_at),
             attempt.outcome,
             error,
-            *([attempt.stage] if attempt.stage else []),
+            attempt.stage or "",
+            pack_usage(attempt.usage, attempt.attempt) if attempt.usage else b"",
         ]
     )
 
@@ -232,6 +235,7 @@ def decode_record(
         callback=callback[b"u"].decode() if callback and b"u" in callback else None,
         callback_state=CALLBACK_STATES.get(callback.get(b"s", b"")) if callback else None,
         callback_attempts=tuple(_callback_attempt(item) for item in tries),
+        usage=decode_usage(fields[b"e"], number(b"k")) if b"e" in fields else None,
     )
 
 
@@ -245,7 +249,7 @@ def _short_result(fields: Mapping[bytes, bytes], result: Mapping[bytes, bytes]) 
 
 
 def _attempt(data: bytes) -> Attempt:
-    attempt, worker, started, ended, outcome, error, *stage = msgpack.unpackb(data, raw=True)
+    attempt, worker, started, ended, outcome, error, stage, usage = msgpack.unpackb(data, raw=True)
     return Attempt(
         attempt=attempt,
         worker=worker.decode(),
@@ -253,8 +257,26 @@ def _attempt(data: bytes) -> Attempt:
         ended_at=ended / 1000,
         outcome=outcome.decode(),
         error=decode_error(error),
-        stage=stage[0].decode() if stage else None,
+        stage=stage.decode() or None,
+        usage=decode_usage(usage, attempt) if usage else None,
     )
+
+
+def pack_usage(usage: Usage, attempt: int) -> bytes:
+    """What an attempt used, as it is kept."""
+    cpu = None if usage.cpu_seconds is None else round(usage.cpu_seconds * 1000)
+    return pack([cpu, usage.peak_memory, usage.gpu_memory, int(usage.alone), attempt])
+
+
+def decode_usage(data: bytes, attempt: int) -> Usage | None:
+    """What an attempt used; None when that was another one."""
+    if not data:
+        return None
+    cpu, memory, gpu, alone, of = msgpack.unpackb(data)
+    if of != attempt:
+        return None
+    seconds = None if cpu is None else cpu / 1000
+    return Usage(cpu_seconds=seconds, peak_memory=memory, gpu_memory=gpu, alone=alone == 1)
 
 
 def pack_callback_attempt(attempt: CallbackAttempt) -> bytes:

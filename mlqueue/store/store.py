@@ -50,6 +50,7 @@ from .records import (
     unquote,
 )
 from .scripts import Script, script
+from .shown import Showing, ShownLines, ShownMetrics, decode_line, decode_points, pack_showings
 
 #: Results, checkpoints and the like of more bytes are cut into chunks of so many.
 CHUNK: Final = 4 * 2**20
@@ -59,6 +60,9 @@ CHUNK_TTL: Final = 3600
 
 #: Results of at most so many bytes stand in the record itself (a longer field would unpack the hash).
 INLINE: Final = 64
+
+#: How many bytes of a job's log are kept where the settings keep none, and its actor does.
+LOG_BYTES: Final = 256 * 2**10
 
 #: How many jobs one call of `submit` carries at most.
 SUBMIT_BATCH: Final = 500
@@ -143,13 +147,15 @@ class Turn(NamedTuple):
 class Settle:
     """The end of an attempt, frozen into the bytes that the script takes. Made by the class methods, one a verb."""
 
-    __slots__ = ("attempt", "id", "packed", "verb")
+    __slots__ = ("attempt", "id", "journal", "packed", "verb")
 
     def __init__(self, job_id: str, attempt: int, verb: str, packed: bytes) -> None:
         self.id = job_id
         self.attempt = attempt
         self.verb = verb
         self.packed = packed
+        #: What the attempt has shown of itself, as far as that is to be written before its end; None when it is.
+        self.journal: Any = None
 
     @classmethod
     def finish(cls, job_id: str, attempt: int, result: StoredResult, common: Common) -> Settle:
@@ -463,6 +469,39 @@ class Store:
         answer: list[int] = self._run("touch", *[part for item in items for part in item])
         return answer
 
+    def show(self, showings: Sequence[Showing], patience: float | None = None) -> list[int | str]:
+        """Writes what running jobs show of themselves: for each 0 stale, 1 written, 2 cancelling asked for, or why not.
+
+        `patience` as of `Connector.run`. May be sent again.
+        """
+        most = self.settings.job_logs or LOG_BYTES
+        answer = self.connector.run(script("show"), self.root, most, *pack_showings(showings), patience=patience)
+        return [item.decode(errors="replace") if isinstance(item, bytes) else item for item in answer]
+
+    def log(self, job_id: str, first: int = 0, limit: int = 1000) -> ShownLines:
+        """Lines of the log of a job from number `first` on (below 0: the last so many), at most `limit`. Those that are
+        not kept any more are left out."""
+        answer = self._run("shown", job_id, "l", first, limit)
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        letter, number, items = answer
+        lines = [decode_line(number + index, item) for index, item in enumerate(items)]
+        return ShownLines(lines, number + len(lines), STATES[letter].ended)
+
+    def metrics(self, job_id: str, after: float = 0.0) -> ShownMetrics:
+        """The metrics of a job; of their points those logged after a time."""
+        answer = self._run("shown", job_id, "m", repr(after))
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        letter, attempt, found = answer
+        points = {name.decode(errors="replace"): decode_points(data) for name, data in sorted(flat(found).items())}
+        return ShownMetrics(points, attempt, STATES[letter].ended)
+
+    def stored_metrics(self, job_id: str) -> dict[str, bytes]:
+        """What is kept of the metrics of a job, for who goes on with them (`Series`)."""
+        found = flat(self.connector.execute("HGETALL", f"{self.root}:me:{job_id}"))
+        return {name.decode(errors="replace"): data for name, data in found.items()}
+
     def save_checkpoint(self, job_id: str, attempt: int, data: bytes, generation: str) -> bool:
         """Keeps `data` with the job until it succeeds; True when cancelling has been asked for."""
         size, value, chunks, _ = self.write_checkpoint(job_id, data, generation)
@@ -725,6 +764,33 @@ class Store:
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
         return _record(job_id, item), _body(item), self._outcome(job_id, item)
+
+    def waiting(self, job_id: str) -> Waiting:
+        """What decides when a waiting job starts."""
+        answer = self._run("waiting", job_id)
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        letter, due, now, queue, actor, lanes, workers, times = answer
+        ahead: dict[str, int] = {}
+        for name, number in zip(lanes[::2], lanes[1::2], strict=True):
+            ahead[unquote(name)] = ahead.get(unquote(name), 0) + number
+        triples = zip(times[::3], times[1::3], times[2::3], strict=True)
+        return Waiting(
+            state=STATES[letter],
+            due_at=due / 1000,
+            now=now / 1000,
+            queue=unquote(queue),
+            actor=unquote(actor),
+            ahead=ahead,
+            workers=[
+                BusyWorker(
+                    codec.decode(info) if info else {},
+                    [(unquote(name), at / 1000) for name, at in zip(held[::2], held[1::2], strict=True)],
+                )
+                for info, held in workers
+            ],
+            means={unquote(name): total / number / 1000 for name, total, number in triples if number},
+        )
 
     def body(self, job_id: str) -> bytes:
         """The arguments and options of a job, encoded."""
@@ -1001,6 +1067,31 @@ class Standing(NamedTuple):
     cancelled_for: float | None
     #: By how many seconds it was prolonged.
     extended_by: float
+
+
+class BusyWorker(NamedTuple):
+    """A worker that lives, and what it does."""
+
+    #: See `WorkerInfo.info`.
+    info: dict[str, Any]
+    #: The actor and the start (Unix seconds) of each job that it runs; callbacks are left out.
+    jobs: list[tuple[str, float]]
+
+
+class Waiting(NamedTuple):
+    """What decides when a job starts. But for one that is queued, most of it is empty."""
+
+    state: State
+    #: Unix seconds, by the store's clock, as is `now`.
+    due_at: float
+    now: float
+    queue: str
+    actor: str
+    #: How many jobs come before it in its queue, by actor.
+    ahead: dict[str, int]
+    workers: list[BusyWorker]
+    #: How long the attempts of these actors have run on average, in seconds.
+    means: dict[str, float]
 
 
 class Outcome(NamedTuple):

@@ -167,6 +167,8 @@ def _from_text(schema: Any, text: str, path: str) -> Any:
     kind = schema.get("type")
     if kind in ("integer", "number") and re.fullmatch(r"-?\d{1,18}(\.\d{0,9})?", text):
         value = int(text) if text.lstrip("-").isdigit() else float(text)
+    elif kind == "boolean" and text in ("true", "false"):
+        value = text == "true"
     return check(schema, value, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Final, NotRequired, TypedDict
@@ -9,7 +10,8 @@ from urllib.parse import urlencode
 
 from flask import Response
 
-from ..errors import InvalidTransition
+from ..errors import InvalidTransition, JobNotFound
+from ..estimate import estimated_start
 from ..handle import Job
 from ..job import Attempt, JobRecord, State
 from ..schema import Limits, schema_of
@@ -125,16 +127,16 @@ def next_page(call: Call, name: str, cursor: object | None) -> tuple[str | None,
 def show_job(call: Call, job_id: str) -> Response:
     """Show the record of a job.
 
-    With its position in the queue, its attempts, and links to what can be done. `Prefer: wait=N` waits up to N seconds
-    for its end, and then has a small result in it. With `If-None-Match` it is 304 as long as it is what the client has,
-    and the wait is for any change.
+    With its position in the queue, when it will start as it seems, its attempts, and links to what can be done.
+    `Prefer: wait=N` waits up to N seconds for its end, and then has a small result in it. With `If-None-Match` it is
+    304 as long as it is what the client has, and the wait is for any change.
     """
     environ = call.request.environ
     if "HTTP_PREFER" not in environ and "HTTP_IF_NONE_MATCH" not in environ:
         seen = call.take_unconfirmed()
         record = call.store.record(job_id) if seen is None else call.store.record_for(job_id, seen)
         body = dump(shown(call, record))
-        return call.encoded_json(body, headers={"ETag": etag_of(body)})
+        return call.encoded_json(_with_estimate(call, record, body), headers={"ETag": etag_of(body)})
     call.confirm()
     return _show_later(call, job_id)
 
@@ -157,7 +159,16 @@ def _show_later(call: Call, job_id: str) -> Response:
     headers["ETag"] = etag_of(body)
     if seconds and record.state.ended:
         body = dump(with_result(call, record))
-    return call.encoded_json(body, headers=headers)
+    return call.encoded_json(_with_estimate(call, record, body), headers=headers)
+
+
+def _with_estimate(call: Call, record: JobRecord, body: bytes) -> bytes:
+    """With the time when it will start as it seems, which is not among what the ETag stands for: it is another one each
+    time."""
+    if record.state in (State.QUEUED, State.SCHEDULED):
+        with contextlib.suppress(JobNotFound):
+            return dump({**shown(call, record), "estimated_start": estimated_start(call.store, record.id)})
+    return body
 
 
 CANCEL_ANSWERS: Final[Mapping[int, Answer]] = {

@@ -21,7 +21,7 @@ from flask import Response
 from ..errors import InvalidArguments, StoreError, TooManyStreams
 from ..events import Filter, Hub, Listener, hub_of
 from ..job import JobRecord, State
-from ..store.events import ID, UNHEARD, Event, place
+from ..store.events import ID, OF_JOB, UNHEARD, Event, place
 from .auth import READ
 from .call import Call, dump
 from .operation import Answer, Parameter, operation
@@ -75,7 +75,8 @@ def stream_job_events(call: Call, job_id: str) -> Response:
     """Stream the events of a job, to its end.
 
     First `snapshot`, the record; then `state` and `progress` with the job's id, queue, actor, state, attempt, progress,
-    progress_note, dead_reason, cancel_requested and the time (`at`); `removed` when it is forgotten before its end.
+    progress_note, dead_reason, cancel_requested and the time (`at`); `logs` and `metrics` when there are more of them;
+    `removed` when it is forgotten before its end.
     With `Last-Event-ID` those behind that one, and no snapshot; where some may be missing, `gap` and a snapshot.
     """
     heard = _last_heard(call)
@@ -187,7 +188,7 @@ def _live_of_all(listener: Listener, missed: Iterator[Event], heard: str, heartb
     try:
         for event in missed:
             heard = event.event_id
-            if listener.filter.passes(event):
+            if event.kind not in OF_JOB and listener.filter.passes(event):
                 yield _frame(event)
     except StoreError:
         return  # it comes again

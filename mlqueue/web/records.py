@@ -16,7 +16,7 @@ __all__ = ["shown"]
 SIMPLE: Final = tuple(
     field.name
     for field in dataclasses.fields(JobRecord)
-    if field.name not in ("error", "attempts", "callback_attempts", "progress", "short_result")
+    if field.name not in ("error", "attempts", "callback_attempts", "progress", "short_result", "usage")
 )
 
 
@@ -27,6 +27,7 @@ def shown(call: Call, record: JobRecord) -> dict[str, Any]:
     found["progress"], found["short_result"] = plain(record.progress), plain(record.short_result)
     found["error"] = record.error and dataclasses.asdict(record.error)
     found["attempts"] = [dataclasses.asdict(attempt) for attempt in record.attempts]
+    found["usage"] = record.usage and dataclasses.asdict(record.usage)
     found["callback_attempts"] = [dataclasses.asdict(attempt) for attempt in record.callback_attempts]
     found["links"] = _links(call, record)
     return found

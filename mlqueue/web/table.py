@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import actors, dead, health, jobs, live, metrics, mlq, openapi, results, submit
+from . import actors, dead, health, jobs, live, metrics, mlq, openapi, results, seen, submit
 from .operation import Operation
 
 __all__ = ["OPERATIONS"]
@@ -32,6 +32,8 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     mlq.remove_consumer,
     live.stream_job_events,
     live.stream_all_events,
+    seen.read_logs,
+    seen.read_metrics,
     dead.list_dead_letters,
     dead.export_dead_letters,
     dead.requeue_dead_letters,

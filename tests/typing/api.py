@@ -12,7 +12,21 @@ from typing import Any, assert_type
 import dramatiq
 
 import mlqueue
-from mlqueue import CurrentJob, DeadLetter, DeadPage, Job, JobEvent, JobFailed, JobRecord, Result, State
+from mlqueue import (
+    CurrentJob,
+    DeadLetter,
+    DeadPage,
+    Job,
+    JobEvent,
+    JobFailed,
+    JobRecord,
+    LogLine,
+    Metric,
+    Point,
+    Result,
+    State,
+    Usage,
+)
 from mlqueue.testing import drain, eager, isolated, temporary_app
 
 mlq = mlqueue.MLQ("vision")
@@ -25,6 +39,7 @@ def train(lr: float, epochs: int = 10) -> str:
     for epoch in job.track(range(epochs), note="epochs"):
         assert_type(epoch, int)
         job.progress(100 * epoch / epochs, f"epoch {epoch}")
+        job.log_metrics(epoch, loss=0.5, accuracy=1)
         job.save_checkpoint({"epoch": epoch})
         if job.stopping:
             job.hand_back()
@@ -50,6 +65,12 @@ async def fetch_with_options(url: str) -> int:
 assert_type(train.submit(0.1, epochs=3), Job[str])
 assert_type(train.submit(0.1).result(timeout=60), str)
 assert_type(train(0.1), str)
+assert_type(train.submit(0.1).metrics(), dict[str, list[Point]])
+assert_type(train.submit(0.1).metrics(follow=True, timeout=5), Iterator[Metric])
+assert_type(train.submit(0.1).logs(tail=5), list[LogLine])
+assert_type(train.submit(0.1).logs(follow=True), Iterator[LogLine])
+assert_type(train.submit(0.1).estimated_start, float | None)
+assert_type(train.submit(0.1).record.usage, Usage | None)
 assert_type(classify.submit(b"").result(), Result)
 assert_type(fetch.submit("http://").result(), bytes)
 assert_type(fetch_with_options.submit("http://").result(datetime.timedelta(seconds=1)), int)

@@ -200,7 +200,7 @@ def run_schemathesis(mlq: MLQ, folder: Path, start_worker: StartWorker, *argumen
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{client.base_url}openapi.json", "--no-color"),
                 *("--checks", "all", "--exclude-checks", EXCLUDED, "--header", f"Authorization: Bearer {token}"),
                 # A stream of events has no end.
-                *("--exclude-path-regex", "events$", *arguments),
+                *("--exclude-path-regex", "(events|logs|jobs/.*/metrics)$", *arguments),
             ],
             cwd=folder,
             capture_output=True,

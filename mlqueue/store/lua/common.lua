@@ -14,6 +14,9 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:e:ID           string  the last error (MessagePack)
   R:at:ID          list    attempts that did not succeed (MessagePack), newest last, at most 50
   R:ck:ID          hash    the checkpoint: v value, or n number of chunks; z size, g generation
+  R:lg:ID          list    lines of the job's log, oldest first (MessagePack: time, attempt, stream or level, text); field o
+  R:me:ID          hash    the job's metrics: by name how many values have one point (uint32), how many values there were
+                           (uint64), then of each point step, value and time (Unix seconds), as little-endian doubles
   R:x:ID:WHAT:I    string  chunk I of a blob; WHAT is r<attempt> (result) or c<generation> (checkpoint)
   R:wt:ID          set     bells of those who wait for the job: "e<bell>" for its end, "a<bell>" for every change
   R:cb:ID          hash    the callback of a job: u URL; s how it stands: p to be delivered, d delivered, f failed
@@ -69,6 +72,9 @@ W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint, C 1 when it
 ms, O timeouts so far, A the job that it waits for, h how its cancelling ended it,
 Q queue timeout in ms, U when that is over (with the attempt behind it that has begun since), j by how many ms the running
 attempt was prolonged, and the nonce of the last time,
+m attempt that logged metrics last, o how many lines were dropped from its log and how many bytes the others have, the
+attempt that wrote last and how many lines that has written (MessagePack), e what its last attempt used (MessagePack: CPU
+time in ms, most memory, most memory of GPUs, whether it ran alone, attempt),
 M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.
 
 States: q queued (also in shelf i: queued, to be run alone), w scheduled, r running, s succeeded, d dead, c cancelled.

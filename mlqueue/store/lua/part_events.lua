@@ -5,7 +5,7 @@ local KEPT = 20000
 
 local heard = nil
 
--- kind: state, progress, callback or removed. How the job stands is read from its record, so that is written first.
+-- kind: state, progress, callback, removed, logs or metrics (there are more). How the job stands is read from its record, so that is written first.
 -- Whatever is wrong with the stream, the job goes on.
 local function emit(kind, id)
   if heard == nil then

@@ -2,8 +2,9 @@
 -- killed.
 local function note_attempt(id, rec, how, err, stage)
   local key = R .. ':at:' .. id
-  call('RPUSH', key, cmsgpack.pack({ rec.attempt, rec.worker or '', tonumber(call('HGET', jkey(id), 'u') or 0), NOW, how,
-    err or '', stage }))
+  local f = call('HMGET', jkey(id), 'u', 'e')
+  call('RPUSH', key, cmsgpack.pack({ rec.attempt, rec.worker or '', tonumber(f[1] or 0), NOW, how, err or '', stage or '',
+    f[2] or '' }))
   if call('LLEN', key) > 50 then
     call('LPOP', key)
   end

@@ -64,8 +64,8 @@ local function start(id, worker, expire)
     call('ZREM', R .. ':qt', id)
   end
   if attempt > 1 then
-    -- What an earlier attempt reported, and who started it; by how much it was prolonged.
-    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j')
+    -- What an earlier attempt reported and used, and who started it; by how much it was prolonged.
+    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j', 'e')
   end
   call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
   emit('state', id)
