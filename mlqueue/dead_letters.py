@@ -75,7 +75,7 @@ class DeadLetter:
     #: All that is known of the job: error, attempts, times, ``functions``, ``callback`` ...
     record: JobRecord
     #: The message as the store keeps it.
-    body: bytes = dataclasses.field(repr=False)
+    body: bytes | memoryview = dataclasses.field(repr=False)
     #: What was sent; None where the body cannot be read.
     args: list[Any] | None
     kwargs: dict[str, Any] | None
@@ -83,7 +83,7 @@ class DeadLetter:
     options: dict[str, Any] | None
 
     @classmethod
-    def of(cls, record: JobRecord, body: bytes) -> DeadLetter:
+    def of(cls, record: JobRecord, body: bytes | memoryview) -> DeadLetter:
         """The letter of a job."""
         try:
             args, kwargs, options = codec.decode_call(body)
@@ -349,7 +349,7 @@ class DeadLetters:
             if not line.strip():
                 continue
             try:
-                job_id, item = read_line(line, self._store.settings.max_message_bytes)
+                job_id, item = read_line(line, self._store.settings.max_message_bytes, self._store.stash)
             except InvalidJob as error:
                 self._make(pending, done)
                 raise InvalidJob(

@@ -16,6 +16,7 @@ from . import codec
 from .errors import DecodeError, InvalidJob
 from .job import Attempt, DeadReason, JobError, JobRecord, NewJob, State, check_id, seconds, timestamp
 from .message import check_options
+from .store.chunks import BodyReference
 from .store.records import CALLBACKS, pack_dead
 from .values import plain
 
@@ -82,7 +83,7 @@ OPTIONS: Final = (
 )
 
 
-def write_line(record: JobRecord, body: bytes) -> str:
+def write_line(record: JobRecord, body: bytes | memoryview) -> str:
     """A dead job with its message as a line."""
     fields = record.asdict()
     entry = {name: fields[name] for name in EXPORTED}
@@ -96,9 +97,11 @@ def write_line(record: JobRecord, body: bytes) -> str:
     return json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_line(line: str | bytes, max_body: int) -> tuple[str, bytes]:
-    """The id of a line's job, and the job as the store takes it (`mlqueue.store.records.pack_dead`). Raises
-    `InvalidJob`."""
+def read_line(
+    line: str | bytes, max_body: int, stash: Callable[[str, bytes], bytes] = lambda job_id, body: body
+) -> tuple[str, bytes]:
+    """The id of a line's job, and the job as the store takes it (`mlqueue.store.records.pack_dead`). `stash` puts a
+    large body beside the record (`Store.stash`). Raises `InvalidJob`."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 included
@@ -106,7 +109,7 @@ def read_line(line: str | bytes, max_body: int) -> tuple[str, bytes]:
     if not isinstance(entry, dict):
         raise InvalidJob(f"it is JSON, but a {type(entry).__name__}; a dead letter is an object.")
     fields = _read_fields(entry)
-    job = NewJob(**fields, body=_read_body(entry, max_body))
+    job = NewJob(**fields, body=stash(fields["id"], _read_body(entry, max_body)))
     try:
         return job.id, pack_dead(job, _read_record(entry, fields))
     except (OverflowError, UnicodeEncodeError) as error:
@@ -139,6 +142,8 @@ def _read_body(entry: Mapping[str, Any], most: int) -> bytes:
         raise InvalidJob(f"body is no base64 ({error}).") from None
     if len(body) > most:
         raise InvalidJob(f"body has {len(body):,} bytes; allowed are {most:,} (MLQUEUE_MAX_MESSAGE_BYTES).")
+    if BodyReference.of(body) is not None:
+        raise InvalidJob("body stands for chunks in the store that it was exported from; export it anew.")
     try:
         _, _, options = codec.decode_call(body)
     except DecodeError:

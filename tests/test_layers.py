@@ -22,11 +22,11 @@ PACKAGE = ROOT / "mlqueue"
 #: The layers, lowest first. A module imports from lower ones; those of one layer do not import each other. The modules
 #: of a package may, as long as they make no cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "processes", "_keeper", "urlpolicy", "files", "values"),
+    ("errors", "processes", "_keeper", "urlpolicy", "files", "values", "storeurl"),
     ("outliving",),
     ("settings", "codec", "job", "embedded", "schema"),
     ("store", "encoder"),
-    ("message", "waiting", "events", "delivery", "heartbeat", "keys", "data", "signing"),
+    ("message", "waiting", "events", "delivery", "heartbeat", "keys", "data", "signing", "migration", "doctor"),
     ("progress", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines"),
     ("beside", "client_http"),
     ("nested", "client_events"),

@@ -921,7 +921,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"count", "dead", "events", "list", "oldest", "read", "workers"}
+READERS = {"astray", "count", "dead", "events", "list", "oldest", "read", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",
@@ -931,7 +931,12 @@ ON_A_FULL_SERVER = {
     "drop_data",
     "flush",
     "listen",
+    "mend",
+    "migrate_done",
+    "migrate_group",
+    "migrate_out",
     "note_callback",
+    "orphans",
     "release",
     "remove",
     "settle",

@@ -27,6 +27,7 @@ from ..errors import (
 )
 from ..job import JobError, JobRecord, NewJob, Result, State
 from ..settings import Settings
+from .chunks import CHUNK, CHUNK_TTL, BodyReference, Chunks
 from .connection import Connector
 from .events import Counters, Event, decode_counters, decode_event, place
 from .records import (
@@ -48,12 +49,6 @@ from .records import (
     unquote,
 )
 from .scripts import Script, script
-
-#: Results, checkpoints and the like of more bytes are cut into chunks of so many.
-CHUNK: Final = 4 * 2**20
-
-#: How long a chunk waits for the script that makes it part of a job, in seconds.
-CHUNK_TTL: Final = 3600
 
 #: Results of at most so many bytes stand in the record itself (a longer field would unpack the hash).
 INLINE: Final = 64
@@ -176,7 +171,7 @@ class StoredResult(NamedTuple):
 
     #: inline, short, content type, full, number of chunks, size: as the script's verb ``f`` takes them.
     fields: tuple[object, ...]
-    chunks: tuple[bytes, ...] = ()
+    chunks: Sequence[bytes] = ()
 
 
 def encode_result(result: Result, max_bytes: int = 512 * 2**20) -> StoredResult:
@@ -200,7 +195,7 @@ def encode_result(result: Result, max_bytes: int = 512 * 2**20) -> StoredResult:
     head = (False, codec.encode(short, path="result"), content_type or "")
     if len(encoded) <= CHUNK:
         return StoredResult((*head, encoded, 0, len(encoded)))
-    chunks = tuple(encoded[i : i + CHUNK] for i in range(0, len(encoded), CHUNK))
+    chunks = Chunks(encoded)
     return StoredResult((*head, False, len(chunks), len(encoded)), chunks)
 
 
@@ -232,11 +227,11 @@ class Store:
     def __init__(self, connector: Connector, namespace: str, settings: Settings) -> None:
         if not isinstance(namespace, str) or not namespace or len(namespace) > 128:
             raise InvalidJob(f"namespace {namespace!r}: the name of a queue is a str of 1 to 128 characters.")
-        self.connector = connector
         self.namespace = namespace
         self.settings = settings
         #: What all keys begin with; the braces keep them in one hash slot.
         self.root = f"mlq:{{{quote(namespace)}}}"
+        self.connector = connector.for_root(self.root)
         self._clock_offset = 0.0
 
     # Submitting
@@ -244,7 +239,7 @@ class Store:
     def submit(self, jobs: Sequence[NewJob]) -> list[bool]:
         """Creates jobs; for each whether it was new. An id that exists is left as it is, so this may be repeated."""
         created: list[bool] = []
-        for batch in _batches([pack_new(job) for job in jobs]):
+        for batch in _batches([pack_new(self.stashed(job)) for job in jobs]):
             for made in self._run("enqueue", *batch):
                 if isinstance(made, bytes):
                     raise StoreError(f"the store would not take a job: {made.decode(errors='replace')}")
@@ -261,11 +256,32 @@ class Store:
         if not key:
             self.submit(jobs)
             return ids, True
-        answer = self._run("enqueue_once", key, fingerprint, milliseconds(holds), *[pack_new(job) for job in jobs])
+        packed = [pack_new(self.stashed(job)) for job in jobs]
+        answer = self._run("enqueue_once", key, fingerprint, milliseconds(holds), *packed)
         if answer is None:
             raise KeyReused
         found = [job_id.decode() for job_id in answer]
         return found, found == ids
+
+    def stashed(self, job: NewJob) -> NewJob:
+        """A job as it may be created: a large body is written in chunks, and a reference stands for it."""
+        return job if len(job.body) <= CHUNK else dataclasses.replace(job, body=self.stash(job.id, job.body))
+
+    def stash(self, job_id: str, body: bytes) -> bytes:
+        """A body as the scripts take it: itself, or a reference to its chunks, which are written here."""
+        if len(body) <= CHUNK:
+            return body
+        chunks = Chunks(body)
+        reference = BodyReference(uuid.uuid4().hex[:12], len(chunks), len(body))
+        self.write_chunks(job_id, reference.what, chunks)
+        return reference.packed()
+
+    def whole_body(self, job_id: str, body: bytes) -> bytes | memoryview:
+        """A body, joined from its chunks where it is a reference. Raises `ResultMissing` when one of them is gone."""
+        reference = BodyReference.of(body)
+        if reference is None:
+            return body
+        return self._join_chunks(job_id, reference.what, reference.number, reference.size)
 
     # The worker's side
 
@@ -409,9 +425,9 @@ class Store:
 
     def save_checkpoint(self, job_id: str, attempt: int, data: bytes, generation: str) -> bool:
         """Keeps `data` with the job until it succeeds; True when cancelling has been asked for."""
-        chunks: list[bytes] = []
+        chunks: Sequence[bytes] = ()
         if len(data) > CHUNK:
-            chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+            chunks = Chunks(data)
             self.write_chunks(job_id, f"c{generation}", chunks)
         value = b"" if chunks else data
         answer = self._run("checkpoint", job_id, attempt, len(data), value, len(chunks), generation)
@@ -419,7 +435,7 @@ class Store:
             raise StaleAttempt(f"attempt {attempt} of job {job_id} no longer holds it; its checkpoint was not saved.")
         return bool(answer == 2)
 
-    def load_checkpoint(self, job_id: str) -> bytes | None:
+    def load_checkpoint(self, job_id: str) -> bytes | memoryview | None:
         """The last checkpoint, or None."""
         fields = flat(self.connector.execute("HGETALL", f"{self.root}:ck:{job_id}"))
         if not fields:
@@ -484,6 +500,12 @@ class Store:
             for name, left, info, jobs in self._run("workers")
         ]
 
+    def held_by(self, worker: str) -> dict[str, int]:
+        """The jobs that a worker runs, as far as the store knows, with their attempts."""
+        ids = [job_id.decode() for job_id in self.connector.execute("SMEMBERS", f"{self.root}:h:{worker}")]
+        found = zip(ids, self.records(ids), strict=True)
+        return {job_id: record.attempt for job_id, record in found if record is not None and record.worker == worker}
+
     # Steering
 
     def cancel(self, job_id: str) -> State:
@@ -496,7 +518,7 @@ class Store:
     def retry(self, job_id: str, body: bytes = b"", *, states: Sequence[State] = (State.DEAD, State.CANCELLED)) -> None:
         """Puts a job that has ended in one of `states` back into its queue, its counts at nought; with another body
         where one is given."""
-        [state] = self._retry([(job_id, body)], states)
+        [state] = self._retry([(job_id, self.stash(job_id, body))], states)
         if state is None:
             raise JobNotFound.of(job_id, self.namespace)
         if state not in states:
@@ -602,25 +624,28 @@ class Store:
         answer = self._run("read", "sepac" if full else "sep", *job_ids)
         return [item and _record(job_id, item) for job_id, item in zip(job_ids, answer, strict=True)]
 
-    def details(self, job_id: str) -> tuple[JobRecord, bytes, Outcome]:
+    def details(self, job_id: str) -> tuple[JobRecord, bytes | memoryview, Outcome]:
         """All that is known of a job: its record, its body, and what it has ended with."""
         item = self._run("read", "brepac", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
-        return _record(job_id, item), _body(item), self._outcome(job_id, item)
+        return _record(job_id, item), self.whole_body(job_id, _body(item)), self._outcome(job_id, item)
 
     def body(self, job_id: str) -> bytes:
-        """The arguments and options of a job, encoded."""
+        """The arguments and options of a job, encoded, or a reference to them (see `whole_body`)."""
         item = self._run("read", "b", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
         return _body(item)
 
-    def records_and_bodies(self, job_ids: Sequence[str]) -> list[tuple[JobRecord, bytes] | None]:
+    def records_and_bodies(self, job_ids: Sequence[str]) -> list[tuple[JobRecord, bytes | memoryview] | None]:
         """The full records of jobs, each with its arguments and options, encoded; None for each that there is none
         of."""
         answer = self._run("read", "beac", *job_ids) if job_ids else []
-        return [item and (_record(job_id, item), _body(item)) for job_id, item in zip(job_ids, answer, strict=True)]
+        return [
+            item and (_record(job_id, item), self.whole_body(job_id, _body(item)))
+            for job_id, item in zip(job_ids, answer, strict=True)
+        ]
 
     def dead(
         self,
@@ -670,6 +695,7 @@ class Store:
             return Result(*codec.decode(fields[b"r"]))
         if not stored:
             raise ResultMissing(f"the result of job {job_id} has been removed. Its record is there still.")
+        encoded: bytes | memoryview
         if b"n" in stored:
             what = f"r{stored[b'k'].decode()}"
             encoded = self._join_chunks(job_id, what, int(stored[b"n"]), int(stored[b"z"]))
@@ -853,7 +879,7 @@ class Store:
     def _chunk_key(self, job_id: str, what: str, number: int) -> str:
         return f"{self.root}:x:{job_id}:{what}:{number}"
 
-    def _join_chunks(self, job_id: str, what: str, count: int, size: int) -> bytes:
+    def _join_chunks(self, job_id: str, what: str, count: int, size: int) -> memoryview:
         joined = bytearray(size)
         position = 0
         for number in range(count):
@@ -862,7 +888,8 @@ class Store:
                 raise ResultMissing(f"chunk {number} of job {job_id} is gone: it was removed while it was read.")
             joined[position : position + len(chunk)] = chunk
             position += len(chunk)
-        return bytes(joined)
+        # Not as bytes: that would be all of it once more.
+        return memoryview(joined).toreadonly()
 
 
 class Awaited(NamedTuple):
