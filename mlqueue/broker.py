@@ -20,7 +20,7 @@ import dramatiq
 from dramatiq import Message, MessageProxy
 from dramatiq.broker import Broker, Consumer
 from dramatiq.errors import QueueJoinTimeout
-from dramatiq.middleware import Middleware
+from dramatiq.middleware import Middleware, SkipMessage
 from dramatiq.results import Results
 
 from . import capture, codec
@@ -28,7 +28,7 @@ from .beside import Beside
 from .board import Board, Entry
 from .callbacks import callback_actor
 from .delivery import Delivery, current_delivery, describe, storing
-from .errors import MLQueueError
+from .errors import InvalidJob, MLQueueError, ResultMissing, StoreError
 from .events import close_hub
 from .heartbeat import HeartbeatHelper
 from .job import DeadReason, NewJob, Result
@@ -42,6 +42,7 @@ from .pump import Pump, WorkQueue
 from .schema import signature_of
 from .settings import Settings
 from .store import Settle, Store
+from .store.chunks import BodyReference
 from .store.records import CALLBACK, CALLBACKS, quote
 from .store.store import LOG_BYTES, SeenKey, Submitted, common_of, encode_result
 from .usage import Meter
@@ -254,7 +255,8 @@ class StoreBroker(Broker):
             defaults["priority"] = actor.priority
         if parent is not None:
             defaults["parent"] = parent
-        return to_job(message, self.settings, delay=None if delay is None else delay / 1000, defaults=defaults)
+        job = to_job(message, self.settings, delay=None if delay is None else delay / 1000, defaults=defaults)
+        return self.store.stashed(job)
 
     def flush(self, queue_name: str) -> None:
         """Forgets the jobs of a queue that wait."""
@@ -318,6 +320,8 @@ class StoreBroker(Broker):
             if delivery is not None:
                 delivery.begun_at = time.monotonic()
                 delivery.thread = threading.get_ident()
+                if BodyReference.of(delivery.held.body) is not None:
+                    self._fetch_arguments(delivery)
                 if self.board is not None:
                     self._write_down(self.board, delivery)
                 if delivery.held.queue != CALLBACKS:
@@ -354,6 +358,20 @@ class StoreBroker(Broker):
             self._after_worker_boot()
         elif signal == "worker_shutdown":
             self._after_worker_shutdown(args[0])
+
+    def _fetch_arguments(self, delivery: Delivery) -> None:
+        """In the thread that runs the job: gets arguments and options that are in chunks. A job without them is dead,
+        as one is that cannot be decoded; one that the store does not give now goes back."""
+        held = delivery.held
+        try:
+            delivery.takes(from_job(held, self.store.whole_body(held.id, held.body)))
+        except StoreError as error:
+            delivery.handed_back = True
+            raise SkipMessage(str(error)) from error
+        except (InvalidJob, ResultMissing) as error:
+            delivery.fail()
+            delivery.refusal = DeadReason.UNDECODABLE
+            raise SkipMessage(str(error)) from error
 
     # Ends of attempts
 

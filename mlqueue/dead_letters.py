@@ -76,7 +76,7 @@ class DeadLetter:
     #: All that is known of the job: error, attempts, times, ``functions``, ``callback`` ...
     record: JobRecord
     #: The message as the store keeps it.
-    body: bytes = dataclasses.field(repr=False)
+    body: bytes | memoryview = dataclasses.field(repr=False)
     #: What was sent; None where the body cannot be read.
     args: list[Any] | None
     kwargs: dict[str, Any] | None
@@ -84,7 +84,7 @@ class DeadLetter:
     options: dict[str, Any] | None
 
     @classmethod
-    def of(cls, record: JobRecord, body: bytes) -> DeadLetter:
+    def of(cls, record: JobRecord, body: bytes | memoryview) -> DeadLetter:
         """The letter of a job."""
         try:
             args, kwargs, options = codec.decode_call(body)
@@ -342,14 +342,14 @@ class DeadLetters:
                 if found is not None and found[0].state is State.DEAD:
                     yield write_line(*found, self._checkpoint(found[0]))
 
-    def _checkpoint(self, record: JobRecord) -> bytes | None:
+    def _checkpoint(self, record: JobRecord) -> bytes | memoryview | None:
         if not record.has_checkpoint:
             return None
         with contextlib.suppress(ResultMissing):  # it was put back meanwhile
             return self._store.load_checkpoint(record.id, MAX_CHECKPOINT)
         return None
 
-    def _write_checkpoint(self, job_id: str, data: bytes) -> tuple[int, bytes, int, str]:
+    def _write_checkpoint(self, job_id: str, data: bytes) -> tuple[int, bytes | memoryview, int, str]:
         return self._store.write_checkpoint(job_id, data, new_id()[-12:])
 
     def _import(self, lines: Iterable[str | bytes]) -> Imported:
@@ -360,7 +360,8 @@ class DeadLetters:
             if not line.strip():
                 continue
             try:
-                job_id, item = read_line(line, self._store.settings.max_message_bytes, self._write_checkpoint)
+                most = self._store.settings.max_message_bytes
+                job_id, item = read_line(line, most, self._write_checkpoint, self._store.stash)
             except InvalidJob as error:
                 self._make(pending, done)
                 raise InvalidJob(

@@ -17,6 +17,7 @@ from . import codec
 from .errors import DecodeError, InvalidJob
 from .job import Attempt, DeadReason, JobError, JobRecord, NewJob, State, Usage, check_id, seconds, timestamp
 from .message import check_options
+from .store.chunks import BodyReference
 from .store.records import CALLBACKS, pack_dead
 from .values import plain
 
@@ -90,7 +91,7 @@ OPTIONS: Final = (
 )
 
 
-def write_line(record: JobRecord, body: bytes, checkpoint: bytes | None = None) -> str:
+def write_line(record: JobRecord, body: bytes | memoryview, checkpoint: bytes | memoryview | None = None) -> str:
     """A dead job with its message, and its checkpoint, as a line."""
     fields = record.asdict()
     entry = {name: fields[name] for name in EXPORTED}
@@ -107,12 +108,17 @@ def write_line(record: JobRecord, body: bytes, checkpoint: bytes | None = None) 
 
 
 #: Writes the parts of a checkpoint: the id of the job and the checkpoint to what `pack_dead` takes of it.
-WriteCheckpoint = Callable[[str, bytes], tuple[int, bytes, int, str]]
+WriteCheckpoint = Callable[[str, bytes], tuple[int, bytes | memoryview, int, str]]
 
 
-def read_line(line: str | bytes, max_body: int, write_checkpoint: WriteCheckpoint) -> tuple[str, bytes]:
-    """The id of a line's job, and the job as the store takes it (`mlqueue.store.records.pack_dead`). Raises
-    `InvalidJob`."""
+def read_line(
+    line: str | bytes,
+    max_body: int,
+    write_checkpoint: WriteCheckpoint,
+    stash: Callable[[str, bytes], bytes] = lambda job_id, body: body,
+) -> tuple[str, bytes]:
+    """The id of a line's job, and the job as the store takes it (`mlqueue.store.records.pack_dead`). `stash` puts a
+    large body beside the record (`Store.stash`). Raises `InvalidJob`."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 included
@@ -120,7 +126,7 @@ def read_line(line: str | bytes, max_body: int, write_checkpoint: WriteCheckpoin
     if not isinstance(entry, dict):
         raise InvalidJob(f"it is JSON, but a {type(entry).__name__}; a dead letter is an object.")
     fields = _read_fields(entry)
-    job = NewJob(**fields, body=_read_body(entry, max_body))
+    job = NewJob(**fields, body=stash(fields["id"], _read_body(entry, max_body)))
     record, checkpoint = _read_record(entry, fields), _read_checkpoint(entry)
     written = None if checkpoint is None else write_checkpoint(job.id, checkpoint)
     try:
@@ -155,6 +161,8 @@ def _read_body(entry: Mapping[str, Any], most: int) -> bytes:
         raise InvalidJob(f"body is no base64 ({error}).") from None
     if len(body) > most:
         raise InvalidJob(f"body has {len(body):,} bytes; allowed are {most:,} (MLQUEUE_MAX_MESSAGE_BYTES).")
+    if BodyReference.of(body) is not None:
+        raise InvalidJob("body stands for chunks in the store that it was exported from; export it anew.")
     try:
         _, _, options = codec.decode_call(body)
     except DecodeError:

@@ -26,6 +26,7 @@ from dramatiq.middleware.threading import Interrupt, raise_thread_exception
 from .board import Slot
 from .job import DeadReason, JobError, NewJob, Result, seconds
 from .store import Held, Settle
+from .store.chunks import BodyReference
 from .store.store import StoredResult, common_of, encode_result
 
 #: The longest traceback that is kept, in characters: its end says what happened.
@@ -116,6 +117,15 @@ class Delivery(MessageProxy):
         self.clocks: Any = None
         #: The data for `CurrentJob`, made when the job first asks.
         self.context: Any = None
+
+    def takes(self, message: Message[Any]) -> None:
+        """Its message is whole: what was in chunks has been fetched."""
+        self._message = message
+
+    def __str__(self) -> str:
+        # What Dramatiq logs of a message has its arguments in full.
+        reference = BodyReference.of(self.held.body)
+        return str(self._message) if reference is None else f"{self.actor_name}(<{reference.size:,} bytes>)"
 
     def cancel(self) -> None:
         """Somebody has asked to cancel the job. Called in any thread."""

@@ -18,6 +18,7 @@ from .errors import DecodeError, EncodeError, InvalidJob
 from .job import NewJob, check_id
 from .settings import Settings
 from .store import Held
+from .store.chunks import BodyReference
 
 #: The actor that runs the functions of MLQ's listeners; its one argument is the message that was posted.
 LISTENER: Final = "mlqueue.listener"
@@ -193,9 +194,11 @@ def to_job(
     )
 
 
-def from_job(held: Held) -> Message[Any]:
-    """The message of a job that a worker holds. Raises `DecodeError` or `InvalidJob` for one that cannot be run."""
-    args, kwargs, options = decode_body(held.body)
+def from_job(held: Held, body: bytes | memoryview | None = None) -> Message[Any]:
+    """The message of a job that a worker holds; without arguments and options where these are in chunks, and `body`
+    is not given, which is all of it. Raises `DecodeError` or `InvalidJob` for one that cannot be run."""
+    absent = body is None and BodyReference.of(held.body) is not None
+    args, kwargs, options = ([], {}, {}) if absent else decode_body(held.body if body is None else body)
     options.pop("eta", None)
     if held.retries:
         options["retries"] = held.retries
@@ -210,7 +213,7 @@ def from_job(held: Held) -> Message[Any]:
     )
 
 
-def decode_body(body: bytes) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+def decode_body(body: bytes | memoryview) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
     """Arguments, keyword arguments and options of a job. Raises `DecodeError` or `InvalidJob`."""
     args, kwargs, options = codec.decode_call(body)
     check_options(options)

@@ -80,7 +80,7 @@ def _results(outcome: Outcome) -> tuple[Any, Any]:
     return text.splitlines()[0][: Result.MAX_SHORT], text
 
 
-def _msg(actor: str, body: bytes) -> Any:
+def _msg(actor: str, body: bytes | memoryview) -> Any:
     try:
         args, kwargs, _ = decode_body(body)
     except InvalidJob:

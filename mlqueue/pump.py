@@ -63,6 +63,10 @@ GATHERED: Final = 32
 #: How long all threads are busy before the worker's own bell is listened to, in seconds.
 ARM_WHEN_FULL: Final = 0.02
 
+#: How long a job must be missing here that the store says is here, until it is given back: an answer may be on its way,
+#: in seconds.
+STRAYS_AFTER: Final = 10.0
+
 logger = logging.getLogger("mlqueue.pump")
 
 
@@ -155,6 +159,9 @@ class Pump:
         self._unknown = True
         #: Whether the connection of the bells was lost, and with it perhaps what one said.
         self._missed_bells = False
+        #: Jobs that the store says are here and are not, with their attempts; and when to look again.
+        self._strays: dict[str, int] = {}
+        self._strays_at = 0.0
         #: Whether the worker is being drained: turns only settle.
         self.stopping = False
         self._stopping_since = 0.0
@@ -611,6 +618,9 @@ class Pump:
             self.on_callbacks()
         if self._missed_bells:
             self._look_at_flags()
+            self._strays, self._strays_at = self._missing(), now + STRAYS_AFTER
+        elif self._strays and now >= self._strays_at:
+            self._give_back_strays()
 
     def _bury_undecodable(self, held: Held, error: Exception) -> None:
         logger.error("job %s cannot be decoded and is dead: %s", held.id, error)
@@ -820,6 +830,23 @@ class Pump:
                     delivery.extend_to(record.extended_by)
             elif record is not None:
                 delivery.interrupt("the job was taken from this worker and given to others")
+
+    def _missing(self) -> dict[str, int]:
+        """The jobs, with their attempts, that the store says are here and are not. After a fail-over or a power cut it
+        has forgotten the last moment, perhaps that they had ended."""
+        held = self.store.held_by(self.worker)
+        with self._condition:
+            here = {*self.in_hand, *self.beside, *(entry.settle.id for entry in self._unsettled)}
+        return {job_id: attempt for job_id, attempt in held.items() if job_id not in here}
+
+    def _give_back_strays(self) -> None:
+        before, self._strays = self._strays, {}
+        strays = before.items() & self._missing().items()
+        if strays:
+            logger.warning("the store had forgotten how %d jobs ended; they run again", len(strays))
+        with self._condition:
+            for job_id, attempt in strays:
+                self._unsettled.append(Unsettled(Settle.give_back(job_id, attempt, common_of())))
 
 
 def _pipe() -> tuple[int, int]:

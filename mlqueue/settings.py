@@ -15,7 +15,6 @@ import difflib
 import math
 import os
 import re
-import urllib.parse
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from datetime import timedelta
@@ -23,15 +22,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from .errors import SettingsError
+from .storeurl import parse_store_url
 from .urlpolicy import policy_of
 
 __all__ = ["PREFIX", "Described", "Settings", "parse_duration"]
 
 #: What the name of every environment variable of ours begins with.
 PREFIX = "MLQUEUE_"
-
-#: The schemes that a store's URL may have.
-SCHEMES = ("redis", "rediss", "unix")
 
 #: Characters that a key must have at least.
 SHORTEST_KEY = 16
@@ -141,25 +138,10 @@ class _PathText(_Path):
 class _Url(_Text):
     def parse(self, value: object) -> object:
         text = str(super().parse(value))
-        allowed = "allowed are redis://host:port/db, rediss://host:port/db (TLS) and unix:///path/to/socket?db=0"
-        if "://" not in text:
-            raise _Invalid(f"no URL; {allowed}")
         try:
-            parts = urllib.parse.urlsplit(text)
-            parts.port  # noqa: B018 - reading it checks it
-        except ValueError:
-            # The reason that urlsplit gives may quote a part of the password.
-            raise _Invalid(
-                f"no valid URL: its port is no number up to 65535, or a character in its user or password has to be "
-                f"percent-encoded (urllib.parse.quote); {allowed}"
-            ) from None
-        if parts.scheme not in SCHEMES:
-            raise _Invalid(f"a URL of scheme {parts.scheme!r}, which is not supported; {allowed}")
-        if parts.scheme == "unix":
-            if not parts.path.startswith("/"):
-                raise _Invalid("a URL without the socket's absolute path; allowed is unix:///path/to/socket?db=0")
-        elif not re.fullmatch(r"(?:/[0-9]*)?", parts.path):
-            raise _Invalid(f"a URL whose path is not the number of a database; {allowed}")
+            parse_store_url(text)
+        except ValueError as error:
+            raise _Invalid(str(error)) from None
         return text
 
     def show(self, value: Any) -> str:
@@ -278,7 +260,8 @@ class Settings:
     url: str | None = field(
         default=None,
         metadata=_about(
-            "The URL of the Redis or Valkey to use; REDIS_URL counts when it is not set.",
+            "The URL of the Redis or Valkey to use, of its Sentinels, or of a cluster; REDIS_URL counts when it is not "
+            "set.",
             _Url(),
             none="an embedded server in the folder",
         ),
@@ -445,7 +428,7 @@ class Settings:
     )
     max_message_bytes: int = field(
         default=16 * _MIB,
-        metadata=_about("How large the arguments and options of a job may be, encoded.", _Size(_KIB, 512 * _MIB)),
+        metadata=_about("How large the arguments and options of a job may be, encoded.", _Size(_KIB, 64 * _GIB)),
     )
     max_result_bytes: int = field(
         default=512 * _MIB, metadata=_about("How large a result may be, encoded.", _Size(_KIB, 64 * _GIB))

@@ -22,11 +22,23 @@ PACKAGE = ROOT / "mlqueue"
 #: The layers, lowest first. A module imports from lower ones; those of one layer do not import each other. The modules
 #: of a package may, as long as they make no cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "processes", "_keeper", "urlpolicy", "files", "values", "board"),
+    ("errors", "processes", "_keeper", "urlpolicy", "files", "values", "board", "storeurl"),
     ("outliving",),
     ("settings", "codec", "job", "embedded", "schema"),
     ("store", "encoder"),
-    ("message", "waiting", "events", "delivery", "heartbeat", "keys", "data", "signing", "overdue"),
+    (
+        "message",
+        "waiting",
+        "events",
+        "delivery",
+        "heartbeat",
+        "keys",
+        "data",
+        "signing",
+        "overdue",
+        "migration",
+        "doctor",
+    ),
     ("progress", "journal", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines", "calls"),
     ("beside", "client_http", "capture", "usage"),
     ("nested", "client_events", "following", "estimate", "notebook"),

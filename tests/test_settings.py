@@ -159,7 +159,7 @@ class TestSizes:
             Settings.load({}, max_rss=value)
 
     def test_out_of_range(self) -> None:
-        with pytest.raises(SettingsError, match=r"max_message_bytes=1 is out of range; allowed are 1K to 512M\."):
+        with pytest.raises(SettingsError, match=r"max_message_bytes=1 is out of range; allowed are 1K to 64G\."):
             Settings(max_message_bytes=1)
 
 
@@ -173,6 +173,10 @@ class TestUrls:
             "redis://[::1]:6379/",
             "unix:///tmp/x.sock?db=1",
             "unix://user:secret@/tmp/x.sock",
+            "redis+sentinel://user:p%40ss@a:26379,b,[::1]:5/jobs/2?sentinel_password=x",
+            "rediss+sentinel://a/jobs",
+            "redis+cluster://a:7000,b:7001",
+            "rediss+cluster://:pass@a?ssl_ca_certs=/x",
         ],
     )
     def test_of_the_schemes_that_are_supported(self, url: str) -> None:
@@ -183,7 +187,14 @@ class TestUrls:
         [
             ("localhost:6379", "is no URL; allowed are redis://host:port/db"),
             ("http://x", "of scheme 'http', which is not supported; allowed are redis://"),
-            ("redis+cluster://x", r"of scheme 'redis\+cluster'"),
+            ("redis+other://x", r"of scheme 'redis\+other'"),
+            ("redis+sentinel://a:1,b:2", "whose path is not the name of the Sentinels' service"),
+            ("redis+sentinel://a:1/jobs/x", "whose path is not the name"),
+            ("redis+sentinel://a:1,:2/jobs", "whose hosts are not host:port,host:port"),
+            ("redis+sentinel://a/s?sentinel_db=1", "with the parameter sentinel_db; there are sentinel_username"),
+            ("redis+cluster://a:99999", "whose hosts are not host:port,host:port"),
+            ("redis+cluster://a/1", "of a cluster with a path, which it has not"),
+            ("redis+cluster://a?sentinel_password=x", "with parameters for Sentinels, but of a cluster"),
             ("redis://x:99999", "its port is no number up to 65535"),
             ("redis://x:abc", "its port is no number"),
             ("redis://:a[b@x", "percent-encoded"),
@@ -215,6 +226,10 @@ class TestUrls:
             ("redis://u:sec@ret@h", "redis://u:***@h"),
             ("unix:///s?db=1&password=secret&x=1", "unix:///s?db=1&password=***&x=1"),
             ("rediss://h?ssl_password=secret", "rediss://h?ssl_password=***"),
+            (
+                "redis+sentinel://u:secret@h,i:2/s/0?sentinel_password=secret",
+                "redis+sentinel://u:***@h,i:2/s/0?sentinel_password=***",
+            ),
         ],
     )
     def test_never_show_their_password(self, url: str, shown: str) -> None:
@@ -227,7 +242,11 @@ class TestUrls:
     @hypothesis.settings(deadline=None)
     @given(st.text("abc:/?#[]@%&= \n", min_size=1, max_size=12).map(lambda text: "Zq" + text + "qZ"))
     def test_never_show_their_password_in_errors_either(self, password: str) -> None:
-        for url in (f"redis://u:{password}@h:1/0", f"http://u:{password}@h:port"):
+        for url in (
+            f"redis://u:{password}@h:1/0",
+            f"http://u:{password}@h:port",
+            f"redis+sentinel://u:{password}@h,i/s",
+        ):
             try:
                 text = repr(Settings.load({"MLQUEUE_URL": url}))
             except SettingsError as error:

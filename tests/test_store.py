@@ -922,7 +922,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"count", "dead", "events", "list", "oldest", "read", "shown", "standing", "waiting", "workers"}
+READERS = {"astray", "count", "dead", "events", "list", "oldest", "read", "shown", "standing", "waiting", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",
@@ -933,7 +933,12 @@ ON_A_FULL_SERVER = {
     "extend",
     "flush",
     "listen",
+    "mend",
+    "migrate_done",
+    "migrate_group",
+    "migrate_out",
     "note_callback",
+    "orphans",
     "release",
     "remove",
     "settle",

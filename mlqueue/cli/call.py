@@ -151,7 +151,8 @@ def common_options(function: F) -> F:
                 metavar="URL",
                 expose_value=False,
                 callback=_remember,
-                help="The store: redis://, rediss://, unix://, or `none` for the embedded server [MLQUEUE_URL].",
+                help="The store: redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, or `none` for the "
+                "embedded server [MLQUEUE_URL].",
             ),
             click.option(
                 "--json",

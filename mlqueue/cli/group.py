@@ -19,6 +19,8 @@ from .call import HELP, Call, common_options
 
 #: The exit code after Ctrl-C: that of a process which ended by SIGINT.
 INTERRUPTED: Final = 130
+#: The variable by which a shell asks what a word may be (mlqueue.cli.completion).
+VARIABLE: Final = "_MLQUEUE_COMPLETE"
 #: The exit code for a wrong command line.
 USAGE: Final = 2
 
@@ -51,6 +53,10 @@ COMMANDS: Final[dict[str, Entry]] = {
     "up": Entry("up", "Run workers, the HTTP interface and the embedded server in one terminal."),
     "server": Entry("server", "Run the embedded server of this folder."),
     "datasets": Entry("mlqueue.batch.cli", "Data sets: list, fetch, locate and remove them."),
+    "migrate": Entry("migrate", "Move all jobs to another store."),
+    "doctor": Entry("doctor", "Look for what is wrong with the store and its workers."),
+    "repair": Entry("doctor", "Mend what `doctor` finds broken in the store."),
+    "completion": Entry("completion", "Print what makes a shell complete mlqueue's words."),
     "settings": Entry("settings", "Show all settings and where each is from."),
 }
 
@@ -126,6 +132,10 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command with these arguments (those of the process when None) and returns its exit code."""
     words = list(sys.argv[1:] if args is None else args)
     call = Call(json=_wants_json(words))
+    asked = os.environ.get(VARIABLE) if args is None else None
+    if asked:
+        with call.closing:
+            return importlib.import_module(f"{__package__}.completion").complete(cli, asked, call)  # type: ignore[no-any-return]
     _never_fail_to_encode()
     try:
         with call.logging():

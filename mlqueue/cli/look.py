@@ -15,6 +15,7 @@ from ..errors import MLQueueError
 from ..estimate import estimated_start
 from ..job import Attempt, CallbackAttempt, JobRecord, State
 from ..store import Store, WorkerInfo
+from ..store.chunks import BodyReference
 from . import types
 from .call import Call, command
 from .live import status
@@ -120,8 +121,12 @@ def show(call: Call, job_id: str) -> None:
 
 
 def _arguments(store: Store, job_id: str) -> dict[str, Any]:
+    body = store.body(job_id)
+    reference = BodyReference.of(body)
+    if reference is not None:
+        return {"args": [f"<{reference.size:,} bytes>"], "kwargs": {}}
     try:
-        args, kwargs, _ = codec.decode_call(store.body(job_id))
+        args, kwargs, _ = codec.decode_call(body)
     except MLQueueError:
         # An undecodable job is one of those that are looked at.
         return {"args": None, "kwargs": None}

@@ -68,14 +68,11 @@ def namespaces(connector: Connector) -> tuple[set[str], bool]:
     """The namespaces of the store, and whether these are all: looking for them takes long in a large one."""
     deadline = time.monotonic() + LIMIT
     found: set[str] = set()
-    cursor = b"0"
-    while True:
-        cursor, keys = connector.execute("SCAN", cursor, "MATCH", GLOB, "COUNT", STEP)
+    for keys in connector.scan(GLOB, STEP):
         found.update(unquote(match[1]) for key in keys if (match := KEY.fullmatch(key)))
-        if cursor == b"0":
-            return found, True
         if time.monotonic() > deadline:
             return found, False
+    return found, True
 
 
 __all__ = ["namespaces", "open_store", "the_only_namespace"]

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -22,11 +22,14 @@ from hiredis import pack_command
 from redis._parsers.encoders import Encoder
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
+from redis.exceptions import AskError
 from redis.retry import Retry
 
 from ..embedded import EmbeddedServer
 from ..errors import StoreError, StoreFull, StoreUnavailable
 from ..settings import Settings
+from ..storeurl import CLUSTER, parse_store_url
+from .places import MISPLACED, Place
 from .records import LARGE
 from .scripts import Script
 
@@ -41,7 +44,7 @@ LONGEST_PAUSE: Final = 0.5
 MOST_IDLE: Final = 64
 
 #: Errors after which the same call may go through: the connection, or the server's state of the moment.
-PASSING: Final = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
+PASSING: Final = (redis.ConnectionError, redis.TimeoutError, *MISPLACED)
 
 #: Replies that pass by themselves: a restart that loads its data, a fail-over, a script in progress.
 PASSING_PREFIXES: Final = ("LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "READONLY", "UNBLOCKED")
@@ -56,14 +59,20 @@ FULL_PREFIXES: Final = ("OOM", "MISCONF", "command not allowed when used memory"
 class Connector:
     """Gives connections to the store that the settings name, and runs calls over them until they go through."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, root: str = "") -> None:
         self.settings = settings
+        #: What all keys begin with that calls go to, where that decides which server of a cluster has them.
+        self.root = root
+        #: Which of several servers has our keys; None when there is only one.
+        self.place: Place | None = None
         self._lock = threading.Lock()
         self._client: redis.Redis | None = None
         self._checked = False
         #: Connections that no call is using, the one that was used last behind the others. Another list is put in its
         #: place when they are to be used no more: a call that is under way then does not give its own back.
         self._idle: list[Any] = []
+        #: Those that `for_root` has made.
+        self._bound: list[Connector] = []
         #: The embedded server, when no URL is set.
         self.embedded: EmbeddedServer | None = None
         if settings.url is None:
@@ -89,17 +98,43 @@ class Connector:
 
     def _make(self, url: str) -> redis.Redis:
         options: dict[str, Any] = {} if urlsplit(url).scheme == "unix" else {"socket_keepalive": True}
-        return redis.Redis.from_url(
-            url,
-            **options,
-            protocol=2,
-            socket_timeout=self.settings.socket_timeout,
-            socket_connect_timeout=self.settings.connect_timeout,
-            retry=Retry(NoBackoff(), 0),
-            health_check_interval=0,
-            decode_responses=False,
-            command_packer=_Packer(),
-        )
+        options |= {
+            "protocol": 2,
+            "socket_timeout": self.settings.socket_timeout,
+            "socket_connect_timeout": self.settings.connect_timeout,
+            "retry": Retry(NoBackoff(), 0),
+            "health_check_interval": 0,
+            "decode_responses": False,
+            "command_packer": _Packer(),
+        }
+        parsed = parse_store_url(url)
+        if not parsed.kind:
+            return redis.Redis.from_url(url, **options)
+        self.place = Place(parsed, options, self.root)
+        return redis.Redis.from_pool(self.place.pool())
+
+    def for_root(self, root: str) -> Connector:
+        """A connector for the keys that begin with `root`: this one, unless they may be elsewhere in a cluster."""
+        url = self.settings.url
+        if self.root == root or url is None or parse_store_url(url).kind != CLUSTER:
+            return self
+        with self._lock:
+            bound = next((one for one in self._bound if one.root == root), None)
+            if bound is None:
+                bound = Connector(self.settings, root)
+                self._bound.append(bound)
+        return bound
+
+    def scan(self, pattern: str, count: int) -> Iterator[list[bytes]]:
+        """The keys of all servers that match a pattern, some at a time."""
+        self.execute("PING")
+        if self.place is None:
+            yield from _scan(self.execute, pattern, count)
+            return
+        with translated(self.where):
+            for address in self.place.masters():
+                with self.place.connected_to(address) as connection:
+                    yield from _scan(lambda *command, over=connection: send(over, command), pattern, count)
 
     @property
     def where(self) -> str:
@@ -125,6 +160,8 @@ class Connector:
         """After a broken connection: makes sure that there is a server to connect to."""
         if self.embedded:
             self.embedded.ensure()
+        elif self.place is not None:
+            self.place.doubt()
 
     def run(self, script: Script, *args: bytes | str | float, patience: float | None = None) -> Any:
         """Runs a script, again while the store cannot be reached, for at most `patience` seconds.
@@ -164,8 +201,13 @@ class Connector:
             if not self._checked:
                 self._check_version(connection)
             answer = send(connection, command, script)
-        except redis.ResponseError:
-            self._give_back(connection, idle)
+        except redis.ResponseError as error:
+            if isinstance(error, MISPLACED):
+                # Another server has our keys now, or will have; those that nobody uses lead to this one too.
+                connection.disconnect()
+                self._drop_idle()
+            else:
+                self._give_back(connection, idle)
             raise
         except PASSING:
             connection.disconnect()
@@ -220,6 +262,8 @@ class Connector:
                 self._client.close()
                 self._client = None
                 self._checked = False
+        for bound in self._bound:
+            bound.close()
         if self.embedded:
             self.embedded.release()
 
@@ -258,6 +302,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def _scan(execute: Callable[..., Any], pattern: str, count: int) -> Iterator[list[bytes]]:
+    cursor = b"0"
+    while True:
+        cursor, keys = execute("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+        yield keys
+        if cursor == b"0":
+            return
+
+
 def send(connection: Any, command: tuple[Any, ...], script: Script | None = None) -> Any:
     """One command over one connection of redis-py; a script that the server does not know yet is sent whole."""
     connection.send_command(*command)
@@ -290,6 +343,8 @@ def translated(where: str) -> Iterator[None]:
 def translate(error: Exception, where: str) -> StoreError:
     """The error of our tree for one of redis-py."""
     text = str(error)
+    if isinstance(error, AskError):
+        text = f"our keys are moving, or have moved, to another server (slot and server: {text})"
     if any(prefix in text for prefix in FULL_PREFIXES):
         return StoreFull(f"{StoreFull.__doc__} ({where}: {text})")
     if isinstance(error, redis.AuthenticationError) or text.startswith(REFUSED_PREFIXES):

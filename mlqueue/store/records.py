@@ -110,7 +110,7 @@ def new_item(job: NewJob) -> list[object]:
     ]
 
 
-def pack_dead(job: NewJob, record: JobRecord, checkpoint: tuple[int, bytes, int, str] | None = None) -> bytes:
+def pack_dead(job: NewJob, record: JobRecord, checkpoint: tuple[int, bytes | memoryview, int, str] | None = None) -> bytes:
     """A dead job and what is known of it, as import.lua takes it; `checkpoint` as `Store.write_checkpoint` gives it."""
     fields: dict[str, object] = {
         "k": record.attempt,

@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..job import JobError, JobRecord, NewJob, Result, State
 from ..settings import Settings
+from .chunks import CHUNK, CHUNK_TTL, BodyReference, Chunks
 from .connection import Connector
 from .events import Counters, Event, decode_counters, decode_event, place
 from .records import (
@@ -51,12 +52,6 @@ from .records import (
 )
 from .scripts import Script, script
 from .shown import Showing, ShownLines, ShownMetrics, decode_line, decode_points, pack_showings
-
-#: Results, checkpoints and the like of more bytes are cut into chunks of so many.
-CHUNK: Final = 4 * 2**20
-
-#: How long a chunk waits for the script that makes it part of a job, in seconds.
-CHUNK_TTL: Final = 3600
 
 #: Results of at most so many bytes stand in the record itself (a longer field would unpack the hash).
 INLINE: Final = 64
@@ -188,9 +183,7 @@ class Settle:
         return cls(job_id, attempt, "b", pack((job_id, attempt, "b", *common, *tail)))
 
     @classmethod
-    def give_back(
-        cls, job_id: str, attempt: int, common: Common, *, begun: bool = True, delay: float = 0.0
-    ) -> Settle:
+    def give_back(cls, job_id: str, attempt: int, common: Common, *, begun: bool = True, delay: float = 0.0) -> Settle:
         """It goes back to its queue without a strike, to be run in `delay` seconds; `begun`: its attempt had."""
         return cls(job_id, attempt, "l", pack((job_id, attempt, "l", *common, int(not begun), milliseconds(delay))))
 
@@ -220,7 +213,7 @@ class StoredResult(NamedTuple):
 
     #: inline, short, content type, full, number of chunks, size: as the script's verb ``f`` takes them.
     fields: tuple[object, ...]
-    chunks: tuple[bytes, ...] = ()
+    chunks: Sequence[bytes] = ()
 
 
 def encode_result(result: Result, max_bytes: int = 512 * 2**20) -> StoredResult:
@@ -244,7 +237,7 @@ def encode_result(result: Result, max_bytes: int = 512 * 2**20) -> StoredResult:
     head = (False, codec.encode(short, path="result"), content_type or "")
     if len(encoded) <= CHUNK:
         return StoredResult((*head, encoded, 0, len(encoded)))
-    chunks = tuple(encoded[i : i + CHUNK] for i in range(0, len(encoded), CHUNK))
+    chunks = Chunks(encoded)
     return StoredResult((*head, False, len(chunks), len(encoded)), chunks)
 
 
@@ -276,11 +269,11 @@ class Store:
     def __init__(self, connector: Connector, namespace: str, settings: Settings) -> None:
         if not isinstance(namespace, str) or not namespace or len(namespace) > 128:
             raise InvalidJob(f"namespace {namespace!r}: the name of a queue is a str of 1 to 128 characters.")
-        self.connector = connector
         self.namespace = namespace
         self.settings = settings
         #: What all keys begin with; the braces keep them in one hash slot.
         self.root = f"mlq:{{{quote(namespace)}}}"
+        self.connector = connector.for_root(self.root)
         self._clock_offset = 0.0
 
     # Submitting
@@ -288,7 +281,7 @@ class Store:
     def submit(self, jobs: Sequence[NewJob]) -> list[bool]:
         """Creates jobs; for each whether it was new. An id that exists is left as it is, so this may be repeated."""
         created: list[bool] = []
-        for batch in _batches([pack_new(job) for job in jobs]):
+        for batch in _batches([pack_new(self.stashed(job)) for job in jobs]):
             for made in self._run("enqueue", *chain.from_iterable(batch)):
                 if isinstance(made, bytes):
                     raise StoreError(f"the store would not take a job: {made.decode(errors='replace')}")
@@ -318,7 +311,7 @@ class Store:
         answer = self._run(
             "enqueue_once",
             *(key, fingerprint, milliseconds(holds), *(seen or ("", b"")), FULL if wants_record else ""),
-            *chain.from_iterable(map(pack_new, jobs)),
+            *chain.from_iterable(pack_new(self.stashed(job)) for job in jobs),
         )
         if answer == 0:
             raise KeyReused
@@ -328,6 +321,26 @@ class Store:
         if wants_record and answer[1] is None:
             raise JobNotFound.of(found[0], self.namespace)  # of the first time, and forgotten since
         return Submitted(found, found == ids, _record(found[0], answer[1]) if wants_record else None)
+
+    def stashed(self, job: NewJob) -> NewJob:
+        """A job as it may be created: a large body is written in chunks, and a reference stands for it."""
+        return job if len(job.body) <= CHUNK else dataclasses.replace(job, body=self.stash(job.id, job.body))
+
+    def stash(self, job_id: str, body: bytes) -> bytes:
+        """A body as the scripts take it: itself, or a reference to its chunks, which are written here."""
+        if len(body) <= CHUNK:
+            return body
+        chunks = Chunks(body)
+        reference = BodyReference(uuid.uuid4().hex[:12], len(chunks), len(body))
+        self.write_chunks(job_id, reference.what, chunks)
+        return reference.packed()
+
+    def whole_body(self, job_id: str, body: bytes) -> bytes | memoryview:
+        """A body, joined from its chunks where it is a reference. Raises `ResultMissing` when one of them is gone."""
+        reference = BodyReference.of(body)
+        if reference is None:
+            return body
+        return self._join_chunks(job_id, reference.what, reference.number, reference.size)
 
     # The worker's side
 
@@ -510,16 +523,18 @@ class Store:
             raise StaleAttempt(f"attempt {attempt} of job {job_id} no longer holds it; its checkpoint was not saved.")
         return bool(answer == 2)
 
-    def write_checkpoint(self, job_id: str, data: bytes, generation: str) -> tuple[int, bytes, int, str]:
+    def write_checkpoint(
+        self, job_id: str, data: bytes | memoryview, generation: str
+    ) -> tuple[int, bytes | memoryview, int, str]:
         """Writes the chunks of a checkpoint, if it is large, ahead of the script that makes it part of a job: what that
         takes, size, value, number of chunks and generation."""
-        chunks: list[bytes] = []
+        chunks: Sequence[bytes] = ()
         if len(data) > CHUNK:
-            chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+            chunks = Chunks(data)
             self.write_chunks(job_id, f"c{generation}", chunks)
         return len(data), b"" if chunks else data, len(chunks), generation
 
-    def load_checkpoint(self, job_id: str, most: int | None = None) -> bytes | None:
+    def load_checkpoint(self, job_id: str, most: int | None = None) -> bytes | memoryview | None:
         """The last checkpoint, or None; None, too, for one of more than `most` bytes."""
         if most is not None and int(self.connector.execute("HGET", f"{self.root}:ck:{job_id}", "z") or 0) > most:
             return None
@@ -608,6 +623,12 @@ class Store:
             for name, left, info, jobs in self._run("workers")
         ]
 
+    def held_by(self, worker: str) -> dict[str, int]:
+        """The jobs that a worker runs, as far as the store knows, with their attempts."""
+        ids = [job_id.decode() for job_id in self.connector.execute("SMEMBERS", f"{self.root}:h:{worker}")]
+        found = zip(ids, self.records(ids), strict=True)
+        return {job_id: record.attempt for job_id, record in found if record is not None and record.worker == worker}
+
     # Steering
 
     def cancel(self, job_id: str) -> State:
@@ -643,7 +664,7 @@ class Store:
     def retry(self, job_id: str, body: bytes = b"", *, states: Sequence[State] = (State.DEAD, State.CANCELLED)) -> None:
         """Puts a job that has ended in one of `states` back into its queue, its counts at nought; with another body
         where one is given."""
-        [state] = self._retry([(job_id, body)], states)
+        [state] = self._retry([(job_id, self.stash(job_id, body))], states)
         if state is None:
             raise JobNotFound.of(job_id, self.namespace)
         if state not in states:
@@ -758,12 +779,12 @@ class Store:
         answer = self._run("read", FULL if full else BRIEF, *job_ids)
         return [item and _record(job_id, item) for job_id, item in zip(job_ids, answer, strict=True)]
 
-    def details(self, job_id: str) -> tuple[JobRecord, bytes, Outcome]:
+    def details(self, job_id: str) -> tuple[JobRecord, bytes | memoryview, Outcome]:
         """All that is known of a job: its record, its body, and what it has ended with."""
         item = self._run("read", "brepac", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
-        return _record(job_id, item), _body(item), self._outcome(job_id, item)
+        return _record(job_id, item), self.whole_body(job_id, _body(item)), self._outcome(job_id, item)
 
     def waiting(self, job_id: str) -> Waiting:
         """What decides when a waiting job starts."""
@@ -793,17 +814,20 @@ class Store:
         )
 
     def body(self, job_id: str) -> bytes:
-        """The arguments and options of a job, encoded."""
+        """The arguments and options of a job, encoded, or a reference to them (see `whole_body`)."""
         item = self._run("read", "b", job_id)[0]
         if item is None:
             raise JobNotFound.of(job_id, self.namespace)
         return _body(item)
 
-    def records_and_bodies(self, job_ids: Sequence[str]) -> list[tuple[JobRecord, bytes] | None]:
+    def records_and_bodies(self, job_ids: Sequence[str]) -> list[tuple[JobRecord, bytes | memoryview] | None]:
         """The full records of jobs, each with its arguments and options, encoded; None for each that there is none
         of."""
         answer = self._run("read", "beac", *job_ids) if job_ids else []
-        return [item and (_record(job_id, item), _body(item)) for job_id, item in zip(job_ids, answer, strict=True)]
+        return [
+            item and (_record(job_id, item), self.whole_body(job_id, _body(item)))
+            for job_id, item in zip(job_ids, answer, strict=True)
+        ]
 
     def dead(
         self,
@@ -853,6 +877,7 @@ class Store:
             return Result(*codec.decode(fields[b"r"]))
         if not stored:
             raise ResultMissing(f"the result of job {job_id} has been removed. Its record is there still.")
+        encoded: bytes | memoryview
         if b"n" in stored:
             what = f"r{stored[b'k'].decode()}"
             encoded = self._join_chunks(job_id, what, int(stored[b"n"]), int(stored[b"z"]))
@@ -1036,7 +1061,7 @@ class Store:
     def _chunk_key(self, job_id: str, what: str, number: int) -> str:
         return f"{self.root}:x:{job_id}:{what}:{number}"
 
-    def _join_chunks(self, job_id: str, what: str, count: int, size: int) -> bytes:
+    def _join_chunks(self, job_id: str, what: str, count: int, size: int) -> memoryview:
         joined = bytearray(size)
         position = 0
         for number in range(count):
@@ -1045,7 +1070,8 @@ class Store:
                 raise ResultMissing(f"chunk {number} of job {job_id} is gone: it was removed while it was read.")
             joined[position : position + len(chunk)] = chunk
             position += len(chunk)
-        return bytes(joined)
+        # Not as bytes: that would be all of it once more.
+        return memoryview(joined).toreadonly()
 
 
 class Awaited(NamedTuple):

@@ -41,9 +41,7 @@ class OwnServer:
 
     def start(self) -> OwnServer:
         """Returns when it answers."""
-        command = [str(find_binary(os.environ.get("MLQUEUE_SERVER_BIN"))[0])]
-        for name, value in self.options.items():
-            command += [f"--{name}", str(value)]
+        command = self.command()
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + PATIENCE
@@ -56,6 +54,12 @@ class OwnServer:
                 assert self._process.poll() is None, (self.folder / "log").read_text()
                 assert time.monotonic() < deadline, (self.folder / "log").read_text()
                 time.sleep(0.01)
+
+    def command(self) -> list[str]:
+        command = [str(find_binary(os.environ.get("MLQUEUE_SERVER_BIN"))[0])]
+        for name, value in self.options.items():
+            command += [f"--{name}", str(value)]
+        return command
 
     def client(self) -> redis.Redis:
         return redis.Redis(port=self.port, socket_timeout=10)

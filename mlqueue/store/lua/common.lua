@@ -8,7 +8,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
 
   R:seq            string  number of the newest job; numbers order jobs by creation
   R:j:ID           hash    the record (fields below)
-  R:b:ID           string  the body (arguments and options, MessagePack) when it has more than 64 bytes, else field b
+  R:b:ID           string  the body (arguments and options, MessagePack) when it has more than 64 bytes, else field b;
+                           for one in chunks there is a reference in field b (mlqueue/store/chunks.py)
   R:r:ID           hash    the result when it has more than 64 bytes, else field r of the record: s short, f full,
                            c content type, n number of chunks, z size in bytes, k attempt that wrote the chunks
   R:e:ID           string  the last error (MessagePack)
@@ -17,7 +18,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:lg:ID          list    lines of the job's log, oldest first (MessagePack: time, attempt, stream or level, text); field o
   R:me:ID          hash    the job's metrics: by name how many values have one point (uint32), how many values there were
                            (uint64), then of each point step, value and time (Unix seconds), as little-endian doubles
-  R:x:ID:WHAT:I    string  chunk I of a blob; WHAT is r<attempt> (result) or c<generation> (checkpoint)
+  R:x:ID:WHAT:I    string  chunk I of a blob; WHAT is r<attempt> (result), c<generation> (checkpoint) or a<generation>
+                           (body); until it belongs to a job it has a time to live
   R:wt:ID          set     bells of those who wait for the job: "e<bell>" for its end, "a<bell>" for every change
   R:cb:ID          hash    the callback of a job: u URL; s how it stands: p to be delivered, d delivered, f failed
   R:ca:ID          list    tries to deliver it (MessagePack), newest last, at most 50
@@ -53,6 +55,14 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
                            r:ACTOR:BUCKET how long jobs waited and ran, w:ACTOR:sum and r:ACTOR:sum that in ms
   R:sweep          hash    owner and until: who sweeps; last: when it did
   R:g:UUID         set     children of a group that have completed; R:g:UUID:n holds how many there are
+  R:mig            set     jobs that were taken off to be made in another store and have not arrived yet; of each
+  R:mig:j:ID       string  what it was (MessagePack, migrate_out.lua). Its chunks stay under R:x
+  R:mig:own        string  token of who migrates from here; R:mig:ownFROM of who migrates to here from a store
+  R:mig:id         string  what this store is called where its jobs go
+  R:mig:in:FROM    set     jobs that have come from a store which may not know it yet
+  R:mig:data:FROM  hash    generation of data by their key, as they came from a store
+  R:mig:g          hash    how many children the groups have that are counted elsewhere now (R:g:UUID:n is -2)
+  R:mig:gl         list    their children that have completed here since (MessagePack)
   R:data:KEY       hash    what jobs stored for each other: v value, or n number of chunks; z size, g generation
   R:data:KEY:G:I   string  chunk I of generation G of it
   R:datas          zset    the keys of such data (quoted) by the time when they expire, +inf for never

@@ -3,6 +3,9 @@
 -- A body of more bytes has a key of its own.
 local INLINE = 64
 
+-- How a body begins that stands for chunks: generation, number and size follow (MessagePack).
+local IN_CHUNKS = '\193MQa'
+
 -- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
 -- most stalls, callback's URL, timeout in ms, queue timeout in ms (counted from when the job is due).
 -- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
@@ -15,6 +18,15 @@ local function create(item)
   local key = jkey(id)
   if call('EXISTS', key) == 1 then
     return 0
+  end
+  if string.sub(body, 1, 4) == IN_CHUNKS then
+    local ref = cmsgpack.unpack(string.sub(body, 5))
+    for i = 0, ref[2] - 1 do
+      assert(call('EXISTS', R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i) == 1, 'a chunk of the arguments is gone')
+    end
+    for i = 0, ref[2] - 1 do
+      call('PERSIST', R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i)
+    end
   end
   local rec = {
     state = '-', queue = queue, actor = actor, lane = lane, priority = priority, number = call('INCR', R .. ':seq'),

@@ -20,6 +20,11 @@ local function remove(id)
   end
   drop_result(id)
   drop_checkpoint(id)
+  local body = call('HGET', jkey(id), 'b')
+  if body and string.sub(body, 1, 4) == '\193MQa' then
+    local ref = cmsgpack.unpack(string.sub(body, 5))
+    drop_chunks(id, 'a' .. ref[1], ref[2])
+  end
   call('ZREM', R .. ':sched', id)
   call('ZREM', R .. ':qt', id)
   call('ZREM', R .. ':exp', id)

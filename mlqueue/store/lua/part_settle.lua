@@ -5,6 +5,9 @@ local function complete_child(id, group)
   local key = R .. ':g:' .. group[1]
   local parties = tonumber(call('GET', key .. ':n') or -1)
   if parties < 0 then
+    if parties == -2 then
+      call('RPUSH', R .. ':mig:gl', cmsgpack.pack({ id, group })) -- counted where the group has moved to
+    end
     return
   end
   call('SADD', key, id)

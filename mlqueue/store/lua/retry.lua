@@ -6,7 +6,18 @@
 -- or the error's text.
 local nonce, states = ARGV[1], ARGV[2]
 
+-- The chunks of a body, where it stands for some.
+local function each_chunk(id, body, act)
+  if body and string.sub(body, 1, 4) == '\193MQa' then
+    local ref = cmsgpack.unpack(string.sub(body, 5))
+    for i = 0, ref[2] - 1 do
+      act(R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i)
+    end
+  end
+end
+
 local function replace_body(id, body)
+  each_chunk(id, call('HGET', jkey(id), 'b'), function(key) call('UNLINK', key) end)
   if #body <= 64 then
     call('HSET', jkey(id), 'b', body)
     call('UNLINK', R .. ':b:' .. id)
@@ -27,6 +38,10 @@ local function retry(id, body)
   if not string.find(states, rec.state, 1, true) then
     return rec.state
   end
+  each_chunk(id, body, function(key)
+    assert(call('EXISTS', key) == 1, 'a chunk of the arguments is gone')
+  end)
+  each_chunk(id, body, function(key) call('PERSIST', key) end)
   local was = rec.state
   unshelve(was, rec, id)
   call('ZREM', R .. ':exp', id)
