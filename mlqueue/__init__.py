@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         EmbeddedError,
         EncodeError,
         Forbidden,
+        FunctionNotFound,
         InvalidArguments,
         InvalidJob,
         InvalidTransition,
@@ -60,9 +61,11 @@ if TYPE_CHECKING:
         UnsupportedBody,
         WaitCycle,
     )
+    from .functions import PostedFunction, sign_function
     from .handle import Job, JobEvent
     from .job import DeadReason, JobRecord, Result, State
     from .settings import Settings
+    from .webhooks import Webhook
 
 __version__ = "0.1.0"
 
@@ -82,6 +85,7 @@ __all__ = [
     "EmbeddedError",
     "EncodeError",
     "Forbidden",
+    "FunctionNotFound",
     "HandBack",
     "InvalidArguments",
     "InvalidJob",
@@ -96,6 +100,7 @@ __all__ = [
     "MLQueueError",
     "MissingDependency",
     "NoCurrentJob",
+    "PostedFunction",
     "RangeNotSatisfiable",
     "RequestError",
     "Result",
@@ -115,8 +120,10 @@ __all__ = [
     "Unauthorized",
     "UnsupportedBody",
     "WaitCycle",
+    "Webhook",
     "current_job",
     "instances",
+    "sign_function",
 ]
 
 #: Where each public name lives. A name is imported when it is first used, so that `mlqueue.batch` needs no more than
@@ -149,6 +156,7 @@ _HOMES = {
         "EmbeddedError",
         "EncodeError",
         "Forbidden",
+        "FunctionNotFound",
         "InvalidArguments",
         "InvalidJob",
         "InvalidTransition",
@@ -175,6 +183,10 @@ _HOMES = {
         "UnsupportedBody",
         "WaitCycle",
     ),
+    "functions": (
+        "PostedFunction",
+        "sign_function",
+    ),
     "handle": (
         "Job",
         "JobEvent",
@@ -186,6 +198,7 @@ _HOMES = {
         "State",
     ),
     "settings": ("Settings",),
+    "webhooks": ("Webhook",),
 }
 
 

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from .errors import InvalidJob
+from .webhooks import Webhook
 
 __all__ = ["MOVES", "Attempt", "DeadReason", "JobError", "JobRecord", "NewJob", "Result", "State", "check_id", "new_id"]
 
@@ -138,6 +139,8 @@ class CallbackAttempt:
     error: str
     #: The incarnation of the worker that tried.
     worker: str
+    #: Of which event a webhook told; empty for the callback.
+    event: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -214,6 +217,8 @@ class NewJob:
     max_stalls: int | None = None
     #: A URL to be fetched when it has ended.
     callback: str | None = None
+    #: Where it is told of, and what.
+    webhook: Webhook | None = None
     #: Seconds after which a running attempt is given up and the job started anew.
     job_timeout: float | None = None
 
@@ -278,6 +283,9 @@ class JobRecord:
     callback: str | None = None
     callback_state: CallbackState | None = None
     callback_attempts: tuple[CallbackAttempt, ...] = ()
+    #: Where it is told of and what, and how the latest event stands; with the full record only.
+    webhook: Webhook | None = None
+    webhook_state: CallbackState | None = None
 
     @property
     def short_text(self) -> str:

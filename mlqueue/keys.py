@@ -22,8 +22,8 @@ from .store import Store
 
 __all__ = ["SCOPES", "ApiKey", "ApiKeys", "check_scopes"]
 
-#: What a key may be for. ``admin`` includes the others.
-SCOPES: Final = ("submit", "read", "admin")
+#: What a key may be for: ``functions`` is to post and remove functions. ``admin`` includes the others.
+SCOPES: Final = ("submit", "read", "functions", "admin")
 
 _TOKEN: Final = re.compile(r"mlq_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _ID: Final = re.compile(r"[0-9a-f]{12}")

@@ -20,6 +20,7 @@ from ..keys import SCOPES, ApiKeys
 __all__ = [
     "ADMIN",
     "ANYBODY",
+    "FUNCTIONS",
     "READ",
     "SUBMIT",
     "Hook",
@@ -34,6 +35,7 @@ __all__ = [
 
 SUBMIT: Final = "submit"
 READ: Final = "read"
+FUNCTIONS: Final = "functions"
 ADMIN: Final = "admin"
 
 #: The longest Authorization header that is looked at, in characters.

@@ -16,7 +16,7 @@ __all__ = ["shown"]
 SIMPLE: Final = tuple(
     field.name
     for field in dataclasses.fields(JobRecord)
-    if field.name not in ("error", "attempts", "callback_attempts", "progress", "short_result")
+    if field.name not in ("error", "attempts", "callback_attempts", "webhook", "progress", "short_result")
 )
 
 
@@ -28,6 +28,7 @@ def shown(call: Call, record: JobRecord) -> dict[str, Any]:
     found["error"] = record.error and dataclasses.asdict(record.error)
     found["attempts"] = [dataclasses.asdict(attempt) for attempt in record.attempts]
     found["callback_attempts"] = [dataclasses.asdict(attempt) for attempt in record.callback_attempts]
+    found["webhook"] = record.webhook and record.webhook.asdict()
     found["links"] = _links(call, record)
     return found
 

@@ -511,6 +511,19 @@ def test_consumer_is_mlqs_word_for_workers_and_the_server_with_them(folder: Fold
         assert 0 == consumer.ends()
 
 
+def test_consumer_without_modules_runs_what_is_posted_to_its_server_signed(folder: Folder) -> None:
+    port, key = free_port(), "the-signing-key-of-this-test"
+    folder.environ |= {"MLQUEUE_PROCESSES": "1", "MLQUEUE_SIGNING_KEY": key}
+    words = ["consumer", "--server", "--server_port", str(port), "--namespace", "shop"]
+    with running(folder, *words) as consumer:
+        consumer.says(f"serving shop at http://127.0.0.1:{port}")
+        with Client(f"http://127.0.0.1:{port}") as client:
+            client.register_function(lambda msg, utils: msg["arg1"] * msg["arg2"], key, "multiply", namespace="shop")
+            assert 6 == client.job(client.post({"arg1": 2, "arg2": 3})).result(timeout=15)
+        consumer.send(signal.SIGTERM)
+        assert 0 == consumer.ends()
+
+
 def test_consumer_without_anything_to_do_says_what_to_do(folder: Folder) -> None:
     refused = folder("consumer")
     assert (2, True) == (refused.code, "`mlqueue consumer tasks`; or say --server or --reaper" in refused.err)
