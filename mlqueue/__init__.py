@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         EmbeddedError,
         EncodeError,
         Forbidden,
+        FunctionNotFound,
         InvalidArguments,
         InvalidJob,
         InvalidTransition,
@@ -60,9 +61,11 @@ if TYPE_CHECKING:
         UnsupportedBody,
         WaitCycle,
     )
+    from .functions import PostedFunction, sign_function
     from .handle import Job, JobEvent
     from .job import DeadReason, JobRecord, LogLine, Metric, Point, Result, State, Usage
     from .settings import Settings
+    from .webhooks import Webhook
 
 __version__ = "0.1.0"
 
@@ -82,6 +85,7 @@ __all__ = [
     "EmbeddedError",
     "EncodeError",
     "Forbidden",
+    "FunctionNotFound",
     "HandBack",
     "InvalidArguments",
     "InvalidJob",
@@ -99,6 +103,7 @@ __all__ = [
     "MissingDependency",
     "NoCurrentJob",
     "Point",
+    "PostedFunction",
     "RangeNotSatisfiable",
     "RequestError",
     "Result",
@@ -119,8 +124,10 @@ __all__ = [
     "UnsupportedBody",
     "Usage",
     "WaitCycle",
+    "Webhook",
     "current_job",
     "instances",
+    "sign_function",
 ]
 
 #: Where each public name lives. A name is imported when it is first used, so that `mlqueue.batch` needs no more than
@@ -153,6 +160,7 @@ _HOMES = {
         "EmbeddedError",
         "EncodeError",
         "Forbidden",
+        "FunctionNotFound",
         "InvalidArguments",
         "InvalidJob",
         "InvalidTransition",
@@ -179,6 +187,10 @@ _HOMES = {
         "UnsupportedBody",
         "WaitCycle",
     ),
+    "functions": (
+        "PostedFunction",
+        "sign_function",
+    ),
     "handle": (
         "Job",
         "JobEvent",
@@ -194,6 +206,7 @@ _HOMES = {
         "Usage",
     ),
     "settings": ("Settings",),
+    "webhooks": ("Webhook",),
 }
 
 

@@ -19,7 +19,8 @@ from .broker import StoreBroker
 from .calls import call_actor
 from .data import Data
 from .dead_letters import DeadLetters
-from .errors import InvalidJob, SettingsError
+from .errors import FunctionNotFound, InvalidJob, SettingsError
+from .functions import DEFAULT_NAMESPACE, Functions, PostedFunction
 from .handle import Job
 from .job import State, check_id, new_id, seconds, timestamp
 from .listeners import QUEUE, Listeners
@@ -28,12 +29,10 @@ from .posted import job_dict, progress_text
 from .reaper import Reaper
 from .settings import Settings
 from .store import Connector, Page, Store
+from .webhooks import Webhook
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-#: The namespace of an `MLQ` that is given no name.
-DEFAULT_NAMESPACE: Final = "default"
 
 #: What `Actor.submit` takes as options rather than as arguments of the actor, unless the actor has a parameter of
 #: that name.
@@ -51,6 +50,7 @@ SUBMIT_OPTIONS: Final = frozenset(
         "queue_timeout",
         "hard_time_limit",
         "callback",
+        "webhook",
     }
 )
 
@@ -79,6 +79,8 @@ class Actor(dramatiq.Actor[P, R]):
 
     def message_with_options(self, *, args: tuple[Any, ...] = (), kwargs: Any = None, **options: Any) -> Message[R]:
         """A message for this actor, its id time-ordered."""
+        if isinstance(options.get("webhook"), Webhook):
+            options["webhook"] = options["webhook"].asdict()
         for name in ("on_failure", "on_success"):
             if isinstance(options.get(name), dramatiq.Actor):
                 options[name] = options[name].actor_name
@@ -95,10 +97,10 @@ class Actor(dramatiq.Actor[P, R]):
         """Submits a job with these arguments. It exists in the store when this returns.
 
         ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes``,
-        ``max_stalls``, ``job_timeout``, ``queue_timeout``, ``hard_time_limit`` (seconds) and ``callback`` (a URL) among
-        the keywords are options of the job, unless the actor has a parameter of that name; where a type checker should
-        see both, use `with_options`. Raises `InvalidJob` for arguments that the actor does not take, `EncodeError` for
-        values that cannot be sent, `StoreUnavailable`.
+        ``max_stalls``, ``job_timeout``, ``queue_timeout``, ``hard_time_limit`` (seconds), ``callback`` (a URL) and
+        ``webhook`` (a URL or a `Webhook`) among the keywords are options of the job, unless the actor has a parameter
+        of that name; where a type checker should see both, use `with_options`. Raises `InvalidJob` for arguments that
+        the actor does not take, `EncodeError` for values that cannot be sent, `StoreUnavailable`.
         """
         options = {name: kwargs.pop(name) for name in self._submit_options.intersection(kwargs)}
         return BoundOptions(self, options).submit(*args, **kwargs)
@@ -214,6 +216,8 @@ def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | N
         raise InvalidJob("both delay and eta were given: one of them says when the job may start.")
     if eta is not None:
         rest["eta"] = round(eta * 1000)
+    if rest.get("webhook") is not None:
+        rest["webhook"] = Webhook.of(rest["webhook"]).asdict()
     for name in ("result_ttl", "job_timeout", "queue_timeout", "hard_time_limit"):
         if rest.get(name) is not None:
             rest[name] = seconds(rest[name], name)
@@ -490,6 +494,28 @@ class MLQ:
     def remove_listener(self, fn: Callable[..., Any] | str) -> bool:
         """Takes a function, or the one of this name, from those that run posted jobs here; whether it was there."""
         return self._listeners.remove(fn)
+
+    def register_function(self, fn: Callable[..., Any], name: str | None = None) -> PostedFunction:
+        """Posts a function to all workers of this name, those included that start later: it runs posted jobs there as
+        if their program had called `create_listener` with it, behind their own.
+
+        One of the same `name` (the function's own without it) is replaced. It travels as cloudpickle has it, signed
+        with ``MLQUEUE_SIGNING_KEY``; workers without that key take none. A function of a module travels as the name of
+        that, which the workers need then. Raises `SigningKeyMissing`, `InvalidJob`.
+        """
+        return Functions(self.store).register(fn, name)
+
+    def remove_function(self, name: str) -> bool:
+        """Takes a posted function from all workers; whether it was there. It cannot be sent again: only signed anew."""
+        try:
+            Functions(self.store).remove(name)
+        except FunctionNotFound:
+            return False
+        return True
+
+    def functions(self) -> list[PostedFunction]:
+        """The functions that have been posted, in the order in which they run."""
+        return Functions(self.store).list()
 
     def shutdown(self) -> None:
         """Stops the worker of this process that `create_listener` started: it ends with the job in hand, and takes no

@@ -167,6 +167,8 @@ class Beside:
                 self._pause()
                 continue
             nonce = uuid.uuid4().hex
+            if not claimed:
+                self._pump.look_again()  # the bell may have rung for one that is not due yet: a turn says when it is
             for held in claimed:
                 delivery = self._pump.take_beside(held)
                 if delivery is not None:

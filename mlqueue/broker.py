@@ -47,6 +47,7 @@ from .store.records import CALLBACK, CALLBACKS, quote
 from .store.store import LOG_BYTES, SeenKey, Submitted, common_of, encode_result
 from .usage import Meter
 from .waiting import close_bell
+from .webhooks import Webhook
 
 logger = logging.getLogger("mlqueue.broker")
 
@@ -62,6 +63,7 @@ OWN_OPTIONS: Final = frozenset(
         "hard_time_limit",
         "kill",
         "callback",
+        "webhook",
         "waits_count",
         "http",
         "job_logs",
@@ -110,6 +112,11 @@ class StoreBroker(Broker):
         self.beside: Beside | None = None
         #: The functions that listeners here run, by name.
         self.functions: tuple[str, ...] = ()
+        #: Those of them that run when a job names none.
+        self.functions_for_all: tuple[str, ...] = ()
+        #: Called when a worker of this broker begins, with its pump, and when it has ended.
+        self.on_worker: Callable[[Pump], None] | None = None
+        self.on_worker_end: Callable[[], None] | None = None
         #: What web processes are told of the actors that are declared with ``http=True``.
         self.published: dict[str, bytes] = {}
         self.worker: dramatiq.Worker | None = None
@@ -147,6 +154,8 @@ class StoreBroker(Broker):
         if actor.queue_name == CALLBACKS:
             actor.fn = storing(actor.fn, self._keep_result, self._disarm)
             return  # no Worker is to have a consumer for it
+        if actor.options.get("webhook") is not None:
+            actor.options["webhook"] = Webhook.of(actor.options["webhook"]).asdict()
         for name in ("job_timeout", "queue_timeout", "hard_time_limit"):
             if isinstance(actor.options.get(name), timedelta):
                 actor.options[name] = actor.options[name].total_seconds()
@@ -499,7 +508,7 @@ class StoreBroker(Broker):
         names = tuple(sorted(queues))
         lanes = self._lane_cache.get(names)
         if lanes is None:
-            actors = sorted(name for name in self.actors if name != LISTENER or self.functions)
+            actors = sorted(name for name in self.actors if name != LISTENER or self.functions_for_all)
             lanes = [self.store.lane(queue, actor) for queue in names for actor in actors]
             known, served = set(self.functions), set(map(quote, names))
             lanes += [
@@ -532,6 +541,8 @@ class StoreBroker(Broker):
         queues = {name: actor.queue_name for name, actor in self.actors.items()}
         self.store.start_worker(self.pump.worker, info, queues, self.published)
         # After that: from then on it is told of new ones.
+        if self.pump.on_functions is not None:
+            self.pump.on_functions()
         self._function_lanes = self.store.function_lanes()
         self._lane_cache = {}
 
@@ -547,6 +558,8 @@ class StoreBroker(Broker):
         self.beside = Beside(self, self.pump, worker)
         self.pump.on_callbacks = self.beside.callbacks_waiting
         self.pump.crew = _Threads(worker, self.beside, self.broken)
+        if self.on_worker is not None:
+            self.on_worker(self.pump)
         # Where jobs go that were submitted by name before any worker had declared their actor.
         self.declare_queue("default")
         if self._worker_id is None:
@@ -584,6 +597,8 @@ class StoreBroker(Broker):
         if self._captures:
             self._captures = False
             capture.uninstall()
+        if self.on_worker_end is not None:
+            self.on_worker_end()
         if self._helper is not None:
             # Before the worker is released: a beat after that would make it known again.
             self._helper.stop()

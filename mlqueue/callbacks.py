@@ -1,8 +1,8 @@
-"""Callbacks: the URL that is fetched when a job has ended.
+"""Callbacks: the URL that is fetched when a job has ended, and webhooks: those that are told of its events.
 
-The script that ends a job creates one of the actor here for it, and workers run that beside their threads. Each try is
-noted on the record of the job that has ended, before the next one is arranged; a process that dies in between makes it
-once more: delivered is at least once, and failed is what the record says.
+The script that ends a job, or makes what else is told of, creates one of the actor here for it, and workers run that
+beside their threads. Each try is noted on the record of the job, before the next one is arranged; a process that dies
+in between makes it once more: delivered is at least once, and failed is what the record says.
 
 A receiver may be anything: its address is checked when it is known, and called without asking again; one try ends at
 a moment, however slowly the receiver speaks; nothing that it sends is kept but the status.
@@ -15,14 +15,16 @@ import functools
 import io
 import logging
 import queue
+import random
 import socket
 import ssl
 import string
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
@@ -34,9 +36,26 @@ from .job import CallbackAttempt, CallbackState, JobRecord, State
 from .store import Store
 from .store.records import CALLBACK, CALLBACKS, pack_callback_attempt
 from .urlpolicy import AddressPolicy, AddressRefused, canonical, policy_of
+from .webhook_message import Happening, headers_of, message_of
 
-#: The pauses before the second and the third try, in seconds.
+#: The pauses before the second and the third try of a callback, in seconds.
 PAUSES: Final = (1.0, 5.0)
+
+#: Those before the tries of a webhook, which go on for three days: as Standard Webhooks has it.
+WEBHOOK_PAUSES: Final = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
+
+#: Those before the tries to tell of progress: later progress or the end of the job tells more.
+PROGRESS_PAUSES: Final = (5.0, 30.0)
+
+#: How much longer a pause of a webhook may be, at random, as a part of it: a receiver that comes back is not called
+#: for all that it has missed at once.
+JITTER: Final = 0.1
+
+#: The longest pause that a receiver may ask for, in seconds.
+LONGEST_PAUSE: Final = 86400.0
+
+#: The status by which a receiver says that it wants no more.
+GONE: Final = 410
 
 #: The most that is read of an answer, its head included, in bytes.
 MOST_READ: Final = 64 * 1024
@@ -61,17 +80,20 @@ def callback_actor(broker: Any) -> dramatiq.Actor[[], None]:
     )
 
 
-def deliver() -> None:
-    """Makes one try to fetch the URL of the job that this one is about, its parent."""
+def deliver(letter: str = "", at_ms: int = 0, attempt: int = 0, by_hand: int = 0) -> None:
+    """Makes one try to fetch the URL of the job that this one is about, its parent; with arguments, to tell the webhook
+    of that job of an event (`Happening`)."""
     delivery = current_delivery.get()
     if delivery is None:
         raise RuntimeError(f"{CALLBACK} was called outside a worker; Job.redeliver() has a callback delivered again.")
     store: Store = delivery.broker.store
     try:
         record = store.record(delivery.held.parent)
-        if _is_due(record, delivery):
-            with places.of(urlsplit(record.callback or "").netloc):
-                _try_once(delivery, store, record)
+        if not letter:
+            if _is_due(record, delivery):
+                _try_once(delivery, store, record, _Call(callback_url(record), "callback", PAUSES))
+        elif _is_wanted(record, event := Happening(letter, at_ms, attempt, bool(by_hand))):
+            _try_once(delivery, store, record, _webhook_call(store, record, event))
     except JobNotFound:
         logger.info("job %s is gone; its callback is not delivered", delivery.held.parent)
     except StoreUnavailable as error:
@@ -135,27 +157,82 @@ def _is_due(record: JobRecord, delivery: Delivery) -> bool:
     return True
 
 
-def _try_once(delivery: Delivery, store: Store, record: JobRecord) -> None:
-    settings, pump, retries = store.settings, delivery.broker.pump, delivery.held.retries
+def _is_wanted(record: JobRecord, event: Happening) -> bool:
+    if event.is_stale(record):
+        logger.info("job %s has gone on since it was told of as %s; that is not told any more", record.id, event.name)
+        return False
+    if not event.by_hand and any(tried.event and tried.status == GONE for tried in record.callback_attempts):
+        logger.info("the webhook of job %s wants no more; %s is not told", record.id, event.name)
+        return False
+    return record.webhook is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is to be called."""
+
+    url: str
+    #: What it is, for the log.
+    what: str
+    #: The pauses before further tries, in seconds.
+    pauses: tuple[float, ...]
+    #: What is posted; None for a GET.
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    #: Of which event a webhook is told; empty for a callback.
+    event: str = ""
+
+    def pause(self, answer: Answer, retries: int) -> float | None:
+        """How long to wait before the next try; None when there is none."""
+        again = answer.again
+        if self.event and answer.status is not None:
+            again = bool(answer.error) and answer.status != GONE  # whatever it was, somebody may mend it
+        if not again or retries >= len(self.pauses):
+            return None
+        if not self.event:
+            return self.pauses[retries]
+        asked = min(answer.retry_after, LONGEST_PAUSE)
+        return max(self.pauses[retries], asked) * (1 + random.uniform(0, JITTER))
+
+
+def _webhook_call(store: Store, record: JobRecord, event: Happening) -> _Call:
+    assert record.webhook is not None
+    body = message_of(record, event, store.settings, store.namespace)
+    headers = headers_of(store.root, record, event, body, store.now(), store.settings)
+    pauses = PROGRESS_PAUSES if event.letter == "p" else WEBHOOK_PAUSES
+    return _Call(record.webhook.url, f"webhook ({event.name})", pauses, body, headers, event.name)
+
+
+def _try_once(delivery: Delivery, store: Store, record: JobRecord, call: _Call) -> None:
+    settings, pump = store.settings, delivery.broker.pump
     at, begun = store.now(), time.monotonic()
     policy = policy_of(settings.callback_allow, loopback=store.connector.embedded is not None)
-    answer = fetch(callback_url(record), policy, settings.callback_timeout)
+    with places.of(urlsplit(call.url).netloc):
+        answer = fetch(call.url, policy, settings.callback_timeout, body=call.body, headers=call.headers)
     took = round(time.monotonic() - begun, 4)
-    pause = PAUSES[retries] if answer.again and retries < len(PAUSES) else None
+    pause = call.pause(answer, delivery.held.retries)
     attempt = CallbackAttempt(
-        at=at, seconds=took, status=answer.status, error=answer.error, worker=pump.worker if pump else ""
+        at=at,
+        seconds=took,
+        status=answer.status,
+        error=answer.error,
+        worker=pump.worker if pump else "",
+        event=call.event,
     )
     state = "d" if not answer.error else "f" if pause is None else "p"
-    if not store.note_callback(record.id, state, pack_callback_attempt(attempt)):
+    of_webhook: dict[str, Any] = {}
+    if call.event:
+        of_webhook = {"delivery": delivery.held.id, "no_more": answer.status == GONE}
+    if not store.note_callback(record.id, state, pack_callback_attempt(attempt), **of_webhook):
         raise JobNotFound.of(record.id, store.namespace)
     # The host only: a query may hold what is nobody's business.
-    host = urlsplit(record.callback or "").netloc
+    host = urlsplit(call.url).netloc
     if not answer.error:
-        logger.info("the callback of job %s is delivered: %s answered %s", record.id, host, answer.status)
+        logger.info("the %s of job %s is delivered: %s answered %s", call.what, record.id, host, answer.status)
     elif pause is None:
-        logger.warning("the callback of job %s is given up: %s: %s", record.id, host, answer.error)
+        logger.warning("the %s of job %s is given up: %s: %s", call.what, record.id, host, answer.error)
     else:
-        logger.info("the callback of job %s is tried again in %g s: %s: %s", record.id, pause, host, answer.error)
+        logger.info("the %s of job %s is tried again in %g s: %s: %s", call.what, record.id, pause, host, answer.error)
         delivery.retry_delay = pause  # also where an app has other middleware than Retries
         raise Retry(answer.error, delay=pause)
 
@@ -182,12 +259,22 @@ class Answer:
     error: str = ""
     #: Whether another try may go better.
     again: bool = False
+    #: For how many seconds the receiver asks to be left alone.
+    retry_after: float = 0.0
 
 
-def fetch(url: str, policy: AddressPolicy, timeout: float) -> Answer:
-    """Makes one GET of a URL, in `timeout` seconds all in all. Follows no redirect, uses no proxy, sends no cookie."""
+def fetch(
+    url: str,
+    policy: AddressPolicy,
+    timeout: float,
+    *,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
+    """Makes one GET of a URL, or a POST of a body, in `timeout` seconds all in all. Follows no redirect, uses no proxy,
+    sends no cookie."""
     try:
-        status = _status(url, policy, _Deadline(timeout))
+        status, retry_after = _status(url, policy, _Deadline(timeout), body, headers or {})
     except AddressRefused as error:
         return Answer(None, str(error))
     except UnicodeError:
@@ -206,7 +293,7 @@ def fetch(url: str, policy: AddressPolicy, timeout: float) -> Answer:
         return Answer(status)
     if 300 <= status < 400:
         return Answer(status, f"answered {status}, a redirect; they are not followed")
-    return Answer(status, f"answered {status}", again=status == 429 or status >= 500)
+    return Answer(status, f"answered {status}", again=status == 429 or status >= 500, retry_after=retry_after)
 
 
 class _NoAnswer(Exception):
@@ -231,7 +318,9 @@ class _Deadline:
         self._at = min(self._at, time.monotonic() + seconds)
 
 
-def _status(url: str, policy: AddressPolicy, deadline: _Deadline) -> int:
+def _status(
+    url: str, policy: AddressPolicy, deadline: _Deadline, body: bytes | None, headers: Mapping[str, str]
+) -> tuple[int, float]:
     parts = urlsplit(url)
     host, tls = canonical(parts.hostname or ""), parts.scheme == "https"
     port = parts.port if parts.port is not None else 443 if tls else 80
@@ -242,31 +331,34 @@ def _status(url: str, policy: AddressPolicy, deadline: _Deadline) -> int:
             connection = tls_context().wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False)
             stack.enter_context(connection).do_handshake()
         connection.settimeout(deadline.left())
-        connection.sendall(_request(parts, host))
-        return _answered(connection, deadline)
+        connection.sendall(_request(parts, host, body, headers))
+        return _answered(connection, deadline, "GET" if body is None else "POST")
 
 
-def _request(parts: SplitResult, host: str) -> bytes:
+def _request(parts: SplitResult, host: str, body: bytes | None, headers: Mapping[str, str]) -> bytes:
     name = f"[{host}]" if ":" in host else host
     # What is no ASCII is encoded, what is stays as it was written.
-    target = quote(f"{parts.path or '/'}?{parts.query}", safe=string.punctuation)
+    query = f"?{parts.query}" if parts.query else ""
+    target = quote(f"{parts.path or '/'}{query}", safe=string.punctuation)
+    length = {} if body is None else {"Content-Length": str(len(body))}
     lines = (
-        f"GET {target} HTTP/1.1",
+        f"{'GET' if body is None else 'POST'} {target} HTTP/1.1",
         f"Host: {name}" if parts.port is None else f"Host: {name}:{parts.port}",
         f"User-Agent: mlqueue/{sys.modules[__package__].__version__}",
         "Accept: */*",
         "Connection: close",
+        *(f"{name}: {value}" for name, value in {**headers, **length}.items()),
         "",
         "",
     )
-    return "\r\n".join(lines).encode("ascii")
+    return "\r\n".join(lines).encode("ascii") + (body or b"")
 
 
-def _answered(connection: socket.socket, deadline: _Deadline) -> int:
+def _answered(connection: socket.socket, deadline: _Deadline, method: str) -> tuple[int, float]:
     import http.client
 
     incoming: Any = _Incoming(connection, deadline)  # http.client reads from whatever has a `makefile`
-    with http.client.HTTPResponse(incoming, method="GET") as response:
+    with http.client.HTTPResponse(incoming, method=method) as response:
         try:
             response.begin()
         except (http.client.HTTPException, ValueError) as error:
@@ -275,7 +367,18 @@ def _answered(connection: socket.socket, deadline: _Deadline) -> int:
         deadline.hasten(LINGER)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             response.read(MOST_READ)
-        return response.status
+        return response.status, _retry_after(response.getheader("Retry-After") or "")
+
+
+def _retry_after(text: str) -> float:
+    """The seconds that a Retry-After header asks for: a number of them, or a date; 0 for anything else."""
+    if text.isascii() and text.isdigit():
+        return float(text[:10])
+    try:
+        until = datetime.strptime(text, "%a, %d %b %Y %H:%M:%S GMT").replace(tzinfo=UTC)
+    except ValueError:
+        return 0.0
+    return max(0.0, until.timestamp() - time.time())
 
 
 class _Incoming(io.RawIOBase):

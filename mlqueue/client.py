@@ -31,6 +31,7 @@ from . import codec
 from .client_events import Follow, Watch, number
 from .client_http import BROKEN, Transport
 from .errors import (
+    FunctionNotFound,
     InvalidJob,
     InvalidTransition,
     JobFailed,
@@ -39,6 +40,7 @@ from .errors import (
     StoreUnavailable,
 )
 from .files import replacing
+from .functions import DEFAULT_NAMESPACE, PostedFunction, read_signed, sign_function
 from .handle import JobEvent, check_tail, events_of, refuse_on_event_loop
 from .job import (
     Attempt,
@@ -60,6 +62,7 @@ from .job import (
 )
 from .notebook import Bar
 from .store import Page
+from .webhooks import Webhook
 
 __all__ = ["Client", "Job"]
 
@@ -70,7 +73,7 @@ T = TypeVar("T")
 ENCODED: Final = "application/vnd.mlqueue.value"
 
 #: Options of a job among the keywords of `Client.submit`: those that may be chosen over HTTP.
-OPTIONS: Final = frozenset({"callback", "delay", "hard_time_limit", "priority", "queue_timeout", "tags"})
+OPTIONS: Final = frozenset({"callback", "delay", "hard_time_limit", "priority", "queue_timeout", "tags", "webhook"})
 
 #: How many jobs one request submits.
 BULK: Final = 500
@@ -110,10 +113,10 @@ class Client:
     def submit(self, actor_name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Submits a job of an actor that is declared with ``http=True``. It exists when this returns.
 
-        ``callback``, ``delay``, ``queue_timeout`` and ``hard_time_limit`` (seconds), ``priority`` and ``tags`` among
-        the keywords are options of the job; where the actor has parameters of these names, `submit_many` tells them
-        apart. Raises `InvalidArguments` with the path to what the actor does not take, `ActorNotFound`, `Forbidden`,
-        `EncodeError` ...
+        ``callback``, ``webhook``, ``delay``, ``queue_timeout`` and ``hard_time_limit`` (seconds), ``priority`` and
+        ``tags`` among the keywords are options of the job; where the actor has parameters of these names, `submit_many`
+        tells them apart. Raises `InvalidArguments` with the path to what the actor does not take, `ActorNotFound`,
+        `Forbidden`, `EncodeError` ...
         """
         options = {name: kwargs.pop(name) for name in OPTIONS.intersection(kwargs)}
         body = {**_options(options), "args": list(args), "kwargs": kwargs}
@@ -145,6 +148,29 @@ class Client:
         body = {"msg": msg, "functions": names, **_options({**options, "callback": callback})}
         made: str = self._create("/jobs", body)["id"]
         return made
+
+    def register_function(
+        self, fn: Callable[..., Any], key: str, name: str | None = None, *, namespace: str = DEFAULT_NAMESPACE
+    ) -> PostedFunction:
+        """Signs a function with the signing key of the workers, and posts it to all of them; as
+        `MLQ.register_function`. `namespace` is that of the server: it is signed, too."""
+        signed = read_signed(sign_function(fn, key, name=name, namespace=namespace))
+        made = self._http.json("POST", "/consumer", body=codec.encode_fields(signed, max_bytes=2**31), again=False)
+        return _made(PostedFunction, made)
+
+    def remove_function(self, name: str) -> bool:
+        """Takes a posted function from all workers; whether it was there."""
+        headers = {"Content-Type": "application/json"}
+        try:
+            body = json.dumps({"name": name}).encode()
+            self._http.json("DELETE", "/consumer", body=body, headers=headers, again=False)
+        except FunctionNotFound:
+            return False
+        return True
+
+    def functions(self) -> list[PostedFunction]:
+        """The functions that have been posted, in the order in which they run."""
+        return [_made(PostedFunction, item) for item in self._http.json("GET", "/functions")["functions"]]
 
     def _create(self, path: str, body: Mapping[str, Any]) -> Any:
         encoded = codec.encode_fields(body, max_bytes=2**31)
@@ -363,13 +389,15 @@ class Job(Bar, Generic[R_co]):
         headers = {"Content-Type": "application/json"}
         self._http.json("POST", self._path("extend"), body=body, headers=headers, again=False)
 
-    def redeliver(self, url: str | None = None) -> None:
-        """Has the callback of the ended job delivered again, to `url` where one is given.
+    def redeliver(self, url: str | None = None, *, webhook: str | None = None) -> None:
+        """Has the callback of the ended job delivered again, and its webhook told of its end again.
 
-        Raises `InvalidTransition` for a job that has not ended or has no callback.
+        With `url` or `webhook` that one alone, to this URL. Raises `InvalidTransition` for a job that has not ended or
+        has neither.
         """
         headers = {"Content-Type": "application/json"}
-        body = json.dumps({} if url is None else {"url": url}).encode()
+        given = {"url": url, "webhook": webhook}
+        body = json.dumps({name: value for name, value in given.items() if value is not None}).encode()
         self._http.json("POST", self._path("callbacks", "redeliver"), body=body, headers=headers, again=False)
 
     def retry(self) -> None:
@@ -479,6 +507,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("delay", "queue_timeout", "hard_time_limit"):
         if name in options:
             options[name] = seconds(options[name], name)
+    if "webhook" in options:
+        options["webhook"] = Webhook.of(options["webhook"]).asdict()
     if "tags" in options:
         if isinstance(options["tags"], str):
             raise InvalidJob(f"tags={options['tags']!r}: give a list of texts: tags=[{options['tags']!r}].")
@@ -499,6 +529,8 @@ _FIELDS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "state": State,
     "dead_reason": DeadReason,
     "callback_state": CallbackState,
+    "webhook_state": CallbackState,
+    "webhook": Webhook.of,
     "tags": tuple,
     "functions": tuple,
     "error": lambda value: _made(JobError, value),

@@ -20,6 +20,7 @@ from .message import check_options
 from .store.chunks import BodyReference
 from .store.records import CALLBACKS, pack_dead
 from .values import plain
+from .webhooks import Webhook
 
 #: Options that the message of an imported letter may have: those that say how the job itself is run. Dramatiq's others
 #: have its end start something else (``pipe_target``, ``on_failure``, ``group_...``); who may hand in a file could have
@@ -66,6 +67,7 @@ EXPORTED: Final = (
     "tags",
     "parent",
     "callback",
+    "webhook",
     "result_ttl",
     "job_timeout",
     "queue_timeout",
@@ -82,6 +84,7 @@ OPTIONS: Final = (
     "priority",
     "tags",
     "callback",
+    "webhook",
     "functions",
     "result_ttl",
     "job_timeout",
@@ -143,6 +146,8 @@ def _read_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
         if name in options:
             options[name] = seconds(options[name], name)
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if "webhook" in fields:
+        fields["webhook"] = Webhook.of(fields["webhook"])
     fields["id"] = check_id(entry.get("id"))
     for name in ("queue", "actor"):
         fields[name] = _field(entry, name, _is_name, "a text that is not empty")

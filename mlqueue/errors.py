@@ -11,6 +11,7 @@
     │   └── KeyReused            an idempotency key that came with another request before
     ├── JobNotFound              no job has this id (also a KeyError)
     ├── ActorNotFound            no worker has declared this actor (also a KeyError)
+    ├── FunctionNotFound         no posted function has this name (also a KeyError)
     ├── InvalidTransition        the job's state does not allow the move
     ├── StaleAttempt             the job has been taken over by a later attempt
     ├── JobFailed                the awaited job ended dead
@@ -51,6 +52,7 @@ __all__ = [
     "EmbeddedError",
     "EncodeError",
     "Forbidden",
+    "FunctionNotFound",
     "InvalidArguments",
     "InvalidJob",
     "InvalidTransition",
@@ -159,6 +161,13 @@ class JobNotFound(MLQueueError, KeyError):
 
 class ActorNotFound(MLQueueError, KeyError):
     """No worker has declared this actor."""
+
+    status = 404
+    exit_code = 3
+
+
+class FunctionNotFound(MLQueueError, KeyError):
+    """No posted function has this name."""
 
     status = 404
     exit_code = 3

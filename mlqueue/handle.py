@@ -231,14 +231,14 @@ class Job(Bar, Generic[R_co]):
         attempt are over that much later. Raises `InvalidTransition` for a job that does not run."""
         self._store.extend(self.id, positive(seconds, "extend"))
 
-    def redeliver(self, url: str | None = None) -> None:
-        """Has the callback of the ended job delivered again, to `url` where one is given.
+    def redeliver(self, url: str | None = None, *, webhook: str | None = None) -> None:
+        """Has the callback of the ended job delivered again, and its webhook told of its end again.
 
-        Raises `InvalidTransition` for a job that has not ended or has no callback.
+        With `url` or `webhook` that one alone, to this URL. Raises `InvalidTransition` for a job that has not ended or
+        has neither.
         """
-        if url is not None:
-            check_options({"callback": url})
-        self._store.redeliver(self.id, url or "")
+        check_options({"callback": url, "webhook": webhook})
+        self._store.redeliver(self.id, url or "", webhook or "")
 
     def retry(self) -> None:
         """Puts a dead or cancelled job back into its queue. Raises `InvalidTransition` for any other."""

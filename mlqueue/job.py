@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from .errors import InvalidJob
+from .webhooks import Webhook
 
 __all__ = [
     "MOVES",
@@ -209,6 +210,8 @@ class CallbackAttempt:
     error: str
     #: The incarnation of the worker that tried.
     worker: str
+    #: Of which event a webhook told; empty for the callback.
+    event: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -285,6 +288,8 @@ class NewJob:
     max_stalls: int | None = None
     #: A URL to be fetched when it has ended.
     callback: str | None = None
+    #: Where it is told of, and what.
+    webhook: Webhook | None = None
     #: Seconds after which a running attempt is given up and the job started anew.
     job_timeout: float | None = None
     #: Seconds within which it is to begin, counted from when it is due; afterwards it is dead.
@@ -359,6 +364,9 @@ class JobRecord:
     usage: Usage | None = None
     #: When it will start, as it seems, of a job that waits; only where that was asked for (`Job.estimated_start`).
     estimated_start: float | None = dataclasses.field(default=None, compare=False)
+    #: Where it is told of and what, and how the latest event stands; with the full record only.
+    webhook: Webhook | None = None
+    webhook_state: CallbackState | None = None
 
     @property
     def short_text(self) -> str:

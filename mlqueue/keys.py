@@ -25,8 +25,8 @@ from .store.store import SeenKey
 
 __all__ = ["SCOPES", "ApiKey", "ApiKeys", "check_scopes"]
 
-#: What a key may be for. ``admin`` includes the others.
-SCOPES: Final = ("submit", "read", "admin")
+#: What a key may be for: ``functions`` is to post and remove functions. ``admin`` includes the others.
+SCOPES: Final = ("submit", "read", "functions", "admin")
 
 #: How many keys a process remembers.
 MOST_REMEMBERED: Final = 1024

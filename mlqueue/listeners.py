@@ -7,7 +7,6 @@ Underneath it is one actor of Dramatiq's, which calls the functions. Which of th
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import numbers
@@ -15,7 +14,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from typing import Any, Final
 
@@ -27,23 +26,21 @@ from .broker import LISTENER, StoreBroker
 from .current import CurrentJob, current_job
 from .delivery import HandBack, current_delivery
 from .errors import InvalidJob, StoreUnavailable
+from .functions import QUEUE, Function, check_listener, name_of
 from .handle import Job
 from .job import Result
+from .loading import LoadedFunctions
+from .pump import Pump
 
 __all__ = ["QUEUE", "Listeners"]
 
 logger = logging.getLogger("mlqueue.listener")
-
-#: The queue of the jobs that are posted.
-QUEUE: Final = "default"
 
 #: As good as no limit for Dramatiq, in milliseconds.
 FOREVER_MS: Final = 10**11
 
 #: How often a listener that finishes its last job looks whether a signal has come, in seconds.
 LOOK_INTERVAL: Final = 0.2
-
-Function = Callable[..., Any]
 
 #: Whether this process works already, as those of `mlqueue worker` do: there a listener adds its function, and starts
 #: nothing.
@@ -66,24 +63,29 @@ class Listeners:
         self._post = post
         self._get_job = get_job
         self._lock = threading.Lock()
+        # Another one: it is taken while a worker is started, which is done under the first.
+        self._naming = threading.Lock()
         #: By name, in order of registration. Replaced as a whole: jobs look without the lock.
         self._functions: dict[str, Function] = {}
+        self._posted = LoadedFunctions(broker.store, self._posted_changed)
+        broker.on_worker = self._worker_boots
+        broker.on_worker_end = self._posted.stop
         self._service: _Service | None = None
 
     # Functions
 
     def add(self, function: Function) -> None:
         """Adds a function; one of the same name is replaced, and keeps its place."""
-        name = _name_of(function)
-        _check(function, name)
-        with self._lock:
+        name = name_of(function)
+        check_listener(function, name)
+        with self._naming:
             self._functions = {**self._functions, name: function}
             self._changed()
 
     def remove(self, function: Function | str) -> bool:
         """Takes a function away; whether it was there."""
-        name = function if isinstance(function, str) else _name_of(function)
-        with self._lock:
+        name = function if isinstance(function, str) else name_of(function)
+        with self._naming:
             left = {key: value for key, value in self._functions.items() if key != name}
             gone = len(left) < len(self._functions)
             self._functions = left
@@ -92,12 +94,27 @@ class Listeners:
         return gone
 
     def _changed(self) -> None:
-        self._broker.functions = tuple(self._functions)
+        # Until the posted ones are loaded, no job is taken that should have them.
+        own = self._functions if self._posted.ready else {}
+        posted = self._posted if self._posted.ready else None
+        self._broker.functions = tuple({**own, **(posted.named() if posted else {})})
+        self._broker.functions_for_all = tuple({**own, **(posted.usable() if posted else {})})
         if LISTENER not in self._broker.actors:
             declare = dramatiq.actor(broker=self._broker, actor_name=LISTENER, queue_name=QUEUE, max_retries=0)
             declare(self._run)
         elif (pump := self._broker.pump) is not None:
             pump.lanes_changed()
+
+    def _posted_changed(self) -> None:
+        with self._naming:
+            self._changed()
+
+    def _worker_boots(self, pump: Pump) -> None:
+        """A worker of this process begins: one that may take posted functions needs no other to listen."""
+        if self._posted.enabled:
+            pump.on_functions = self._posted.look
+            self._posted.start(pump.worker)
+            self._posted_changed()
 
     # Jobs
 
@@ -106,8 +123,12 @@ class Listeners:
         job = current_job()
         delivery = current_delivery.get()
         assert delivery is not None
-        present = self._functions
-        chosen = [present.get(name) for name in delivery.held.functions or present]
+        if delivery.held.functions:
+            present = {**self._posted.named(), **self._functions}
+            chosen = [present.get(name) for name in delivery.held.functions]
+        else:
+            # Those of this program first, and in place of posted ones of their names.
+            chosen = list({**self._functions, **_without(self._posted.usable(), self._functions)}.values())
         if not chosen or None in chosen:
             raise HandBack  # taken away when the job was on its way here: it waits for a worker that has them
         value = None
@@ -270,6 +291,10 @@ class _Service:
         outliving.leave(self)
 
 
+def _without(functions: dict[str, Function], names: Collection[str]) -> dict[str, Function]:
+    return {name: function for name, function in functions.items() if name not in names}
+
+
 async def _awaited(value: Any) -> Any:
     return await value
 
@@ -295,29 +320,3 @@ def _are_numbers(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(item, numbers.Real) and not isinstance(item, bool) for item in value
     )
-
-
-def _name_of(function: object) -> str:
-    if isinstance(function, functools.partial):
-        return _name_of(function.func)
-    if not callable(function):
-        raise InvalidJob(
-            f"a listener is {function!r}; it must be a function that is called with the message and a dict: "
-            "def listener(msg, utils): ..."
-        )
-    name = getattr(function, "__name__", None)
-    return name if isinstance(name, str) else type(function).__name__
-
-
-def _check(function: Function, name: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # one of C has none
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise InvalidJob(
-            f"listener {name}{signature} cannot be called with the message and a dict ({error}): write it as "
-            f"def {name}(msg, utils), or def {name}(msg, *args)."
-        ) from None

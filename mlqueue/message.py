@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from dramatiq import Message
 
@@ -19,6 +18,8 @@ from .job import NewJob, check_id
 from .settings import Settings
 from .store import Held
 from .store.chunks import BodyReference
+from .urlpolicy import MAX_URL, is_url
+from .webhooks import Webhook
 
 #: The actor that runs the functions of MLQ's listeners; its one argument is the message that was posted.
 LISTENER: Final = "mlqueue.listener"
@@ -33,14 +34,12 @@ LIFTED: Final = frozenset(
         "max_crashes",
         "max_stalls",
         "callback",
+        "webhook",
         "functions",
         "job_timeout",
         "queue_timeout",
     }
 )
-
-#: The longest URL of a callback, in characters.
-MAX_URL: Final = 2048
 
 
 def _is_number(value: object) -> bool:
@@ -55,16 +54,12 @@ def _is_count(value: Any) -> bool:
     return _is_whole(value) and bool(0 <= value < 2**31)
 
 
-def _is_url(value: object) -> bool:
-    """Whether a callback may be asked for it. Where its host leads to is checked when it is called."""
-    if not isinstance(value, str) or len(value) > MAX_URL or not value.isprintable() or " " in value:
-        return False
+def _is_webhook(value: object) -> bool:
     try:
-        parts = urlsplit(value)
-        parts.port  # noqa: B018 - reading it checks it
-    except ValueError:
+        Webhook.of(value)
+    except InvalidJob:
         return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+    return True
 
 
 def _are_functions(value: object) -> bool:
@@ -123,8 +118,12 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "max_crashes": (lambda value: _is_count(value) and value > 0, "an int, 1 or more (below 2 ** 31)"),
     "max_stalls": (lambda value: _is_count(value) and value > 0, "an int, 1 or more (below 2 ** 31)"),
     "callback": (
-        lambda value: value is None or _is_url(value),
+        lambda value: value is None or is_url(value),
         f"a URL, http:// or https:// with a host and without a user, of at most {MAX_URL:,} characters",
+    ),
+    "webhook": (
+        lambda value: value is None or _is_webhook(value),
+        "a URL, http:// or https://, or a Webhook(url, events=[...])",
     ),
     "functions": (
         lambda value: value is None or _are_functions(value),
@@ -173,7 +172,7 @@ def to_job(
     if not isinstance(message.actor_name, str) or not message.actor_name:
         raise InvalidJob(f"actor_name={message.actor_name!r}: the name of an actor is a str that is not empty.")
     options: dict[str, Any] = {"result_ttl": settings.result_ttl, **(defaults or {}), **message.options}
-    eta = options.get("eta")
+    eta, webhook = options.get("eta"), options.get("webhook")
     return NewJob(
         id=check_id(message.message_id),
         queue=message.queue_name,
@@ -188,6 +187,7 @@ def to_job(
         max_crashes=options.get("max_crashes"),
         max_stalls=options.get("max_stalls"),
         callback=options.get("callback"),
+        webhook=None if webhook is None else Webhook.of(webhook),
         functions=tuple(options.get("functions") or ()),
         job_timeout=options.get("job_timeout"),
         queue_timeout=options.get("queue_timeout"),

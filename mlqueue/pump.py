@@ -183,6 +183,8 @@ class Pump:
         self.beside: dict[str, Delivery] = {}
         #: Called when callbacks wait to be delivered; None when nobody here does that.
         self.on_callbacks: Callable[[], None] | None = None
+        #: Told when a function has been posted or removed. Does not wait.
+        self.on_functions: Callable[[], None] | None = None
         #: The job in hand that no other may run beside.
         self._alone: str | None = None
         self._rung = True
@@ -787,6 +789,9 @@ class Pump:
             self._rung = True
         elif token[:1] == "l":
             self.lanes_changed()  # there is a list of functions that this worker may have
+        elif token[:1] == "f":
+            if self.on_functions is not None:
+                self.on_functions()  # one has been posted or removed
         elif token[:1] == "c":
             self._interrupt(token[1:], lambda delivery: delivery.cancel())
         elif token[:1] == "x":

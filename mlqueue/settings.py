@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, Protocol
 
 from .errors import SettingsError
 from .storeurl import parse_store_url
-from .urlpolicy import policy_of
+from .urlpolicy import is_url, policy_of
+from .webhooks import keys_of
 
 __all__ = ["PREFIX", "Described", "Settings", "parse_duration"]
 
@@ -102,6 +103,27 @@ class _Keys(_Text):
 
     def show(self, value: Any) -> str:
         return ",".join("***" for _ in _keys_of(value))
+
+
+class _Secrets(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        try:
+            keys_of(text)
+        except ValueError as error:
+            raise _Invalid(f"not the secret of a webhook: {error}; several are parted by commas") from None
+        return text
+
+    def show(self, value: Any) -> str:
+        return ",".join("***" for _ in keys_of(value))
+
+
+class _Base(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        if not is_url(text) or "?" in text or "#" in text:
+            raise _Invalid("no URL that paths can be added to; allowed are http://host/path and https://host/path")
+        return text
 
 
 class _Namespace(_Text):
@@ -387,6 +409,23 @@ class Settings:
         default=10.0,
         metadata=_about("How long one try to deliver a callback may take, all in all.", _Duration(0.1, 10 * _MINUTE)),
     )
+    webhook_secret: str | None = field(
+        default=None,
+        metadata=_about(
+            "The secret that webhooks are signed with, whsec_ and base64, which their receivers have too; parted by "
+            "commas several, each of which signs.",
+            _Secrets(),
+            none="webhooks are not signed",
+        ),
+    )
+    public_url: str | None = field(
+        default=None,
+        metadata=_about(
+            "Where the HTTP interface is reached from outside: the beginning of the links in webhooks.",
+            _Base(),
+            none="webhooks have no links",
+        ),
+    )
     signing_key: str | None = field(
         default=None,
         metadata=_about(
@@ -576,6 +615,8 @@ def _checked(setting: Field[Any], given: object, source: str) -> object:
         or_none = f", or none ({none})" if optional else ""
         default = "none" if setting.default is None else kind.show(setting.default)
         shown = _masked(given) if isinstance(given, str) else given
+        if isinstance(kind, _Keys | _Secrets):
+            shown = "***"
         raise SettingsError(
             f"{name}={shown!r} is {error}{or_none}. Change it, or leave it out for the default, {default}."
         ) from None

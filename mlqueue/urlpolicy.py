@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
+from urllib.parse import urlsplit
+
+#: The longest URL of a callback or a webhook, in characters.
+MAX_URL: Final = 2048
 
 Network = IPv4Network | IPv6Network
 Address = IPv4Address | IPv6Address
@@ -43,6 +47,18 @@ NOT_HOSTS: Final = tuple(
 
 #: A name; its last part has a letter, else it would be an address of some spelling.
 _NAME: Final = re.compile(r"([a-z0-9_-]+\.)*(?=[0-9_-]*[a-z])[a-z0-9_-]+")
+
+
+def is_url(value: object) -> bool:
+    """Whether it may be asked to be called. Where its host leads to is checked when it is."""
+    if not isinstance(value, str) or len(value) > MAX_URL or not value.isprintable() or " " in value:
+        return False
+    try:
+        parts = urlsplit(value)
+        parts.port  # noqa: B018 - reading it checks it
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
 
 
 class AddressRefused(Exception):
@@ -135,4 +151,4 @@ def _refusal(host: str, address: Address) -> str:
     )
 
 
-__all__ = ["AddressPolicy", "AddressRefused", "canonical", "policy_of"]
+__all__ = ["MAX_URL", "AddressPolicy", "AddressRefused", "canonical", "is_url", "policy_of"]

@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import json
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 #: What a receiver does with a connection whose request it has read: a status to answer with, or something worse.
@@ -26,10 +28,22 @@ class Call:
     target: str
     headers: dict[str, str]
     at: float
+    method: str = "GET"
+    body: bytes = b""
 
     @property
     def query(self) -> dict[str, str]:
         return {name: values[-1] for name, values in parse_qs(urlsplit(self.target).query, True).items()}
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """What a webhook has told."""
+        found: dict[str, Any] = json.loads(self.body)
+        return found
+
+    @property
+    def job_id(self) -> str:
+        return str(self.event["data"]["job_id"]) if self.body else self.query.get("job_id", "")
 
     @property
     def told(self) -> tuple[str, str]:
@@ -77,7 +91,7 @@ class Receiver:
             call = self._read(connection)
             if call is None:
                 return
-            job = call.query.get("job_id", "")
+            job = call.job_id
             with self._lock:
                 self.calls.append(call)
                 answer = self.answers[min(self._seen[job], len(self.answers) - 1)]
@@ -95,14 +109,18 @@ class Receiver:
             if not got:
                 return None
             data += got
-        first, *lines = data.decode("ascii").split("\r\n\r\n")[0].split("\r\n")
+        head, _, body = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("ascii").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
-        return Call(first.split(" ")[1], headers, time.time())
+        while len(body) < int(headers.get("Content-Length", 0)):
+            body += connection.recv(65536)
+        method, target, _ = first.split(" ")
+        return Call(target, headers, time.time(), method, body)
 
     def of(self, job_id: str) -> list[Call]:
         """The calls for a job."""
         with self._lock:
-            return [call for call in self.calls if call.query.get("job_id") == job_id]
+            return [call for call in self.calls if call.job_id == job_id]
 
     def close(self) -> None:
         self.closing.set()
@@ -129,6 +147,20 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
+
+
+def answers(status: int, **headers: str) -> Answer:
+    """A status, with these headers and no other."""
+    lines = [
+        f"HTTP/1.1 {status} Because",
+        "Content-Length: 0",
+        *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
+    ]
+
+    def answer(receiver: Receiver, connection: socket.socket) -> None:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+
+    return answer
 
 
 # Bad answers

@@ -901,7 +901,7 @@ def test_a_job_without_a_callback_gets_one_when_a_url_is_given(mlq: MLQ, start_w
     with pytest.raises(InvalidTransition, match="its callback is delivered when it has ended"):
         job.redeliver()
     job.cancel()
-    with pytest.raises(InvalidTransition, match=r"has no callback. Give the URL to call: redeliver\(url=...\)"):
+    with pytest.raises(InvalidTransition, match=r"no webhook. Give the URL to call: redeliver\(url=...\)"):
         job.redeliver()
     with pytest.raises(InvalidJob, match="it must be a URL"):
         job.redeliver("not a url")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from . import types
@@ -10,6 +12,9 @@ from .up import FRONT, WORK, NamespaceOfWorkers, ours, run_together
 from .web import HOST, PORT
 
 __all__ = ["consumer"]
+
+#: What workers run that are for posted functions alone.
+LISTENING: Final = "mlqueue.listening"
 
 
 @command()
@@ -44,15 +49,18 @@ def consumer(
 ) -> int:
     """Run workers for the listeners and actors of these modules, as MLQ's command did.
 
-    Each part is a process of its own; they are stopped together.
+    Without modules, where MLQUEUE_SIGNING_KEY is set, workers for the functions that are posted. Each part is a process
+    of its own; they are stopped together.
     """
+    settings = call.settings
+    if settings.signing_keys:
+        modules = modules or (LISTENING,)
     if not modules and not server and not reaper:
         raise click.UsageError(
             "name the modules that call mlq.create_listener(fn) or declare actors, `mlqueue consumer tasks`; or say "
-            "--server or --reaper for these alone.",
+            "--server or --reaper for these alone. Workers for posted functions need none, but MLQUEUE_SIGNING_KEY.",
             click.get_current_context(),
         )
-    settings = call.settings
     beside = NamespaceOfWorkers(call, settings) if modules else None
     lines = [ours("worker", WORK, "worker", *modules)] if modules else []
     wanted = []

@@ -47,6 +47,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),
     "clear": Entry("clear", "Forget jobs that do not run."),
     "key": Entry("key", "API keys of the HTTP interface: make, list and revoke them."),
+    "functions": Entry("functions", "Posted functions: list and remove them."),
     "worker": Entry("worker", "Run worker processes."),
     "reaper": Entry("reaper", "Give back jobs that run too long."),
     "web": Entry("web", "Serve the HTTP interface."),

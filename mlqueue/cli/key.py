@@ -84,7 +84,7 @@ def key(call: Call) -> int | None:
     """API keys of the HTTP interface: make, list and revoke them.
 
     A key is for one namespace. What it is for is its scopes: submit (submit, cancel and retry jobs), read (look at jobs
-    and results), admin (everything).
+    and results), functions (post and remove functions), admin (everything).
     """
     ctx = click.get_current_context()
     if ctx.invoked_subcommand is None:

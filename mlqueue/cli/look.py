@@ -145,7 +145,7 @@ def lines(record: JobRecord, call_of: dict[str, Any]) -> Iterator[str]:
         for attempt in record.attempts:
             yield f"{attempt.attempt:>4}  {_attempt(attempt)}"
     if record.callback_attempts:
-        yield "\ntries to deliver the callback"
+        yield "\ntries to deliver the callback and the webhook" if record.webhook else "\ntries to deliver the callback"
         for number, tried in enumerate(record.callback_attempts, 1):
             yield f"{number:>4}  {_callback_attempt(tried)}"
 
@@ -163,6 +163,9 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     yield "parent", record.parent
     yield "waits for", record.waits_for
     yield "callback", record.callback and f"{record.callback}  ({record.callback_state or 'when it has ended'})"
+    if record.webhook is not None:
+        events = f"{', '.join(record.webhook.events)}; {record.webhook_state or 'nothing told yet'}"
+        yield "webhook", f"{record.webhook.url}  ({events})"
     yield "progress", progress(record)
     for name, moment in (
         ("created", record.created_at),
@@ -223,7 +226,9 @@ def _attempt(attempt: Attempt) -> str:
 
 def _callback_attempt(tried: CallbackAttempt) -> str:
     status = tried.status if tried.status is not None else "no answer"
-    return clean(f"{iso(tried.at)}  {status} after {duration(tried.seconds)}{tried.error and ': ' + tried.error}")
+    event = f"{tried.event}  " if tried.event else ""
+    error = f": {tried.error}" if tried.error else ""
+    return clean(f"{iso(tried.at)}  {event}{status} after {duration(tried.seconds)}{error}")
 
 
 @command()

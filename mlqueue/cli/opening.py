@@ -6,8 +6,8 @@ import re
 import time
 from typing import Final
 
-from ..app import DEFAULT_NAMESPACE
 from ..errors import EmbeddedError, SettingsError
+from ..functions import DEFAULT_NAMESPACE
 from ..store import Connector, Store
 from ..store.records import unquote
 from .call import Call

@@ -34,6 +34,7 @@ class TakesFunctions(NumbersAreArguments):
 @command(cls=TakesFunctions)
 @click.argument("message")
 @click.option("--callback", metavar="URL", help="A URL that is fetched when the job has ended.")
+@click.option("--webhook", metavar="URL", help="Where its ends are posted to, as a signed webhook.")
 @click.option(
     FUNCTIONS,
     multiple=True,
@@ -41,7 +42,7 @@ class TakesFunctions(NumbersAreArguments):
     help="The functions that are to run, in this order [all that the worker has]. Behind MESSAGE.",
 )
 @redis_options
-def post(call: Call, message: str, callback: str | None, functions: tuple[str, ...]) -> None:
+def post(call: Call, message: str, callback: str | None, webhook: str | None, functions: tuple[str, ...]) -> None:
     """Post a job for the listeners of a name.
 
     MESSAGE is JSON ('{"arg1": 6}'), else it is sent as text. Prints the job's id.
@@ -49,7 +50,7 @@ def post(call: Call, message: str, callback: str | None, functions: tuple[str, .
     store = open_store(call, start=True)
     mlq = MLQ(store.namespace, settings=call.settings)
     try:
-        job_id = mlq.post(from_text(message.removeprefix(MARK)), callback, functions or None)
+        job_id = mlq.post(from_text(message.removeprefix(MARK)), callback, functions or None, webhook=webhook)
     finally:
         mlq.close()
     _warn_if_nobody_listens(call, store)

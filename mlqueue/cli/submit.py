@@ -78,6 +78,7 @@ class NumbersAreArguments(click.Command):
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Lower runs first [0].")
 @click.option("--tag", "tags", multiple=True, metavar="TEXT", help="A text to find the job by. May be repeated.")
 @click.option("--callback", metavar="URL", help="What is fetched when the job has ended.")
+@click.option("--webhook", metavar="URL", help="Where its ends are posted to, as a signed webhook.")
 @click.option("--job-id", metavar="ID", help="Its id. Nothing is created when there is a job of that id already.")
 @click.option("--wait", is_flag=True, help="Wait for its end, showing its progress, and print its result.")
 def submit(
@@ -93,6 +94,7 @@ def submit(
     priority: int | None,
     tags: tuple[str, ...],
     callback: str | None,
+    webhook: str | None,
     job_id: str | None,
     wait: bool,
 ) -> int | None:
@@ -108,7 +110,8 @@ def submit(
     keywords = ({} if kwargs is None else object_from_text("--kwargs", kwargs)) | _files(
         files, call.settings.max_message_bytes
     )
-    options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None, "callback": callback}
+    options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None}
+    options |= {"callback": callback, "webhook": webhook}
     options |= {"queue_timeout": queue_timeout, "hard_time_limit": hard_time_limit}
     given = {name: value for name, value in options.items() if value is not None}
     store = open_store(call, start=True)

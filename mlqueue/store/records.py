@@ -12,6 +12,10 @@ import msgpack
 from .. import codec
 from ..errors import InvalidJob
 from ..job import Attempt, CallbackAttempt, CallbackState, DeadReason, JobError, JobRecord, NewJob, State, Usage
+from ..webhooks import EVENTS, Webhook
+
+#: A checkpoint as the scripts take it: size, value, number of chunks (0: it is the value), generation.
+Checkpoint = tuple[int, bytes | memoryview, int, str]
 
 #: The letters that the scripts know the states by.
 LETTERS: Final = {
@@ -30,6 +34,9 @@ CALLBACK: Final = "mlqueue.callback"
 
 #: The letters that the scripts know a callback's states by.
 CALLBACK_STATES: Final = {b"p": CallbackState.PENDING, b"d": CallbackState.DELIVERED, b"f": CallbackState.FAILED}
+
+#: The events of webhooks by the letters that the scripts know them by.
+EVENT_NAMES: Final = {letter: name for name, letter in EVENTS.items()}
 
 #: The lowest and the highest priority: with the job's number it must fit a sorted set's score.
 PRIORITIES: Final = range(-1000, 1001)
@@ -104,13 +111,22 @@ def new_item(job: NewJob) -> list[object]:
         [quote(tag) for tag in job.tags] or False,
         job.max_crashes or False,
         job.max_stalls or False,
-        job.callback or False,
+        _to_call(job) if job.webhook else job.callback or False,
         False if job.job_timeout is None else milliseconds(job.job_timeout),
         False if job.queue_timeout is None else milliseconds(job.queue_timeout),
     ]
 
 
-def pack_dead(job: NewJob, record: JobRecord, checkpoint: tuple[int, bytes | memoryview, int, str] | None = None) -> bytes:
+def _to_call(job: NewJob) -> list[object]:
+    """What is to be called for a job with a webhook."""
+    assert job.webhook is not None
+    letters = "".join(EVENTS[name] for name in job.webhook.events)
+    return [job.callback or False, job.webhook.url, letters, milliseconds(job.webhook.progress_every)]
+
+
+def pack_dead(
+    job: NewJob, record: JobRecord, checkpoint: tuple[int, bytes | memoryview, int, str] | None = None
+) -> bytes:
     """A dead job and what is known of it, as import.lua takes it; `checkpoint` as `Store.write_checkpoint` gives it."""
     fields: dict[str, object] = {
         "k": record.attempt,
@@ -236,7 +252,14 @@ def decode_record(
         callback_state=CALLBACK_STATES.get(callback.get(b"s", b"")) if callback else None,
         callback_attempts=tuple(_callback_attempt(item) for item in tries),
         usage=decode_usage(fields[b"e"], number(b"k")) if b"e" in fields else None,
+        webhook=_webhook(callback) if callback and b"w" in callback else None,
+        webhook_state=CALLBACK_STATES.get(callback.get(b"h", b"")) if callback else None,
     )
+
+
+def _webhook(callback: Mapping[bytes, bytes]) -> Webhook:
+    events = [EVENT_NAMES[letter] for letter in callback[b"e"].decode()]
+    return Webhook(callback[b"w"].decode(), events, int(callback[b"m"]) / 1000)
 
 
 def _short_result(fields: Mapping[bytes, bytes], result: Mapping[bytes, bytes]) -> tuple[Any, str | None]:
@@ -281,9 +304,9 @@ def decode_usage(data: bytes, attempt: int) -> Usage | None:
 
 def pack_callback_attempt(attempt: CallbackAttempt) -> bytes:
     """A try to deliver a callback, as the store keeps it."""
-    return codec.encode([attempt.at, attempt.seconds, attempt.status, attempt.error, attempt.worker])
+    return codec.encode([attempt.at, attempt.seconds, attempt.status, attempt.error, attempt.worker, attempt.event])
 
 
 def _callback_attempt(data: bytes) -> CallbackAttempt:
-    at, seconds, status, error, worker = codec.decode(data)
-    return CallbackAttempt(at=at, seconds=seconds, status=status, error=error, worker=worker)
+    at, seconds, status, error, worker, *event = codec.decode(data)
+    return CallbackAttempt(at=at, seconds=seconds, status=status, error=error, worker=worker, event="".join(event))

@@ -687,19 +687,25 @@ class Store:
                 raise StoreError(f"the store would not take a job back: {item.decode(errors='replace')}")
         return [item and STATES[item] for item in answer]
 
-    def redeliver(self, job_id: str, url: str = "") -> None:
-        """Has the callback of an ended job delivered again; to another URL where one is given."""
-        answer = self._run("redeliver", job_id, url, uuid.uuid4().hex[:8])
+    def redeliver(self, job_id: str, url: str = "", webhook: str = "") -> None:
+        """Has the callback of an ended job delivered again, or its webhook told of its end again: the one of which
+        another URL is given; with neither what it has."""
+        answer = self._run("redeliver", job_id, url, uuid.uuid4().hex[:8], webhook)
         if answer is None:
             raise JobNotFound.of(job_id, self.namespace)
         if answer == b"-":
-            raise InvalidTransition(f"job {job_id} has no callback. Give the URL to call: redeliver(url=...).")
+            raise InvalidTransition(
+                f"job {job_id} has no callback and no webhook. Give the URL to call: redeliver(url=...)."
+            )
         if not STATES[answer].ended:
             raise InvalidTransition(f"job {job_id} is {STATES[answer]}; its callback is delivered when it has ended.")
 
-    def note_callback(self, job_id: str, state: str, attempt: bytes) -> bool:
-        """Notes a try to deliver the callback of a job; False when the job is gone."""
-        return bool(self._run("note_callback", job_id, state, attempt))
+    def note_callback(
+        self, job_id: str, state: str, attempt: bytes, *, delivery: str = "", no_more: bool = False
+    ) -> bool:
+        """Notes a try to deliver the callback of a job, or, with the id of its `delivery`, an event to its webhook;
+        False when the job is gone. With `no_more` the webhook is told of nothing further."""
+        return bool(self._run("note_callback", job_id, state, attempt, delivery, int(no_more)))
 
     def import_dead(self, items: Sequence[bytes]) -> list[bool]:
         """Creates dead jobs (see `records.pack_dead`); for each whether it was new."""

@@ -21,6 +21,7 @@ from ..store.store import KEY_CURE, KEY_REFUSED, SeenKey
 __all__ = [
     "ADMIN",
     "ANYBODY",
+    "FUNCTIONS",
     "READ",
     "SUBMIT",
     "Hook",
@@ -36,6 +37,7 @@ __all__ = [
 
 SUBMIT: Final = "submit"
 READ: Final = "read"
+FUNCTIONS: Final = "functions"
 ADMIN: Final = "admin"
 
 #: The longest Authorization header that is looked at, in characters.

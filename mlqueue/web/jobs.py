@@ -261,9 +261,10 @@ def list_attempts(call: Call, job_id: str) -> Response:
 
 
 class Redelivery(TypedDict):
-    """Where a callback is to be delivered."""
+    """Where a callback is to be delivered, or a webhook to be told of the end."""
 
-    url: NotRequired[Annotated[str | None, "Another URL than the job's own."]]
+    url: NotRequired[Annotated[str | None, "The URL of the callback, if it is another than the job's own."]]
+    webhook: NotRequired[Annotated[str | None, "The URL of the webhook, if it is another than the job's own."]]
 
 
 @operation(
@@ -277,7 +278,10 @@ class Redelivery(TypedDict):
     errors=(InvalidTransition,),
 )
 def redeliver_callback(call: Call, job_id: str) -> Response:
-    """Have the callback of a job that has ended delivered again, to its own URL or another one."""
+    """Have the callback of a job that has ended delivered again, and its webhook told of the end again.
+
+    With a URL in the body the one of both that it is for, to this URL.
+    """
     body: dict[str, Any] = read_body(call) or {}
-    Job(call.store, job_id).redeliver(body.get("url"))
+    Job(call.store, job_id).redeliver(body.get("url"), webhook=body.get("webhook"))
     return call.json(shown(call, call.store.record(job_id)), 202)

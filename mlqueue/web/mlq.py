@@ -1,21 +1,25 @@
-"""What else MLQ's users know: counts and texts, and what became of POST /consumer."""
+"""What else MLQ's users know: counts and texts, and functions that are posted to the workers."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import dataclasses
+from typing import Annotated, Any, Final, TypedDict
 
 from flask import Response
 
-from ..errors import Forbidden
+from ..errors import FunctionNotFound, InvalidArguments, SignatureInvalid, SigningKeyMissing
+from ..functions import MAX_NAME, Functions, PostedFunction, keyring
 from ..posted import progress_text
+from ..schema import Limits, schema_of
 from ..values import plain
-from .auth import READ, SUBMIT
+from .auth import FUNCTIONS, READ
+from .body import read_body
 from .call import Call
-from .operation import Answer, operation
+from .operation import JSON, MSGPACK, TEXT, Answer, Parameter, operation
 from .results import NO_RESULT
 from .shapes import text_or
 
-__all__ = ["add_consumer", "count_jobs", "read_progress", "read_short_result", "remove_consumer"]
+__all__ = ["add_consumer", "count_jobs", "list_functions", "read_progress", "read_short_result", "remove_consumer"]
 
 
 @operation(
@@ -78,20 +82,91 @@ def read_short_result(call: Call, job_id: str) -> Response:
     return call.text(record.short_text if record.state.ended else NO_RESULT)
 
 
-def _refuse() -> NoReturn:
-    raise Forbidden(
-        "functions are not taken over HTTP: whoever may post one may run anything on every worker. Register it in the "
-        "worker's own program, mlq.create_listener(fn), and start that with `mlqueue worker MODULE`."
-    )
+class Signed(TypedDict):
+    """A function as `mlqueue.sign_function` has signed it."""
+
+    name: Annotated[str, Limits(min_length=1, max_length=MAX_NAME)]
+    serial: Annotated[int, "Higher than that of what was posted under the name before.", Limits(ge=1, le=2**53)]
+    time: Annotated[int, "When it was signed; Unix seconds.", Limits(ge=0, le=1e10)]
+    code: Annotated[bytes, "The function, as cloudpickle has it."]
+    signature: Annotated[bytes, "Of all that and the namespace, under a key of the workers."]
 
 
-@operation("POST", "/consumer", scope=SUBMIT, tag="mlq", text=True, answers={})
+#: The same, or its name alone.
+NAMED: Final = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME}},
+    "required": ["name"],
+}
+
+FUNCTION: Final = schema_of(PostedFunction)
+FUNCTION_LIST: Final = {
+    "type": "object",
+    "properties": {"functions": {"type": "array", "items": FUNCTION["$defs"]["PostedFunction"]}},
+    "required": ["functions"],
+}
+NAME_TEXT: Final = {"type": "string", "description": "The name of the function."}
+
+
+@operation(
+    "POST",
+    "/consumer",
+    scope=FUNCTIONS,
+    tag="mlq",
+    text=True,
+    body={JSON: Signed, MSGPACK: Signed},
+    answers={201: Answer("It is posted: its name, or what is known of it.", {TEXT: NAME_TEXT, JSON: FUNCTION})},
+    errors=(SigningKeyMissing, SignatureInvalid),
+)
 def add_consumer(call: Call) -> Response:
-    """Refused: functions are registered in the worker's own program, by `mlq.create_listener(fn)`."""
-    _refuse()
+    """Post a function to all workers, those included that start later.
+
+    The body is what `mlqueue.sign_function(fn, key)` gives. It is refused where no signing key is set, when it was
+    signed by another one, five minutes ago or before, or was sent before. Here nothing of it is unpickled.
+    """
+    keyring(call.mlq.settings)  # where it is off it is off for everybody, whatever he sends
+    function = Functions(call.store).take(*_parts(read_body(call)))
+    if not call.wants_json:
+        return call.text(function.name, 201)
+    return call.json(dataclasses.asdict(function), 201)
 
 
-@operation("DELETE", "/consumer", scope=SUBMIT, tag="mlq", text=True, answers={})
+def _parts(body: dict[str, Any]) -> tuple[str, int, int, bytes, bytes]:
+    return body["name"], body["serial"], body["time"], body["code"], body["signature"]
+
+
+@operation(
+    "DELETE",
+    "/consumer",
+    scope=FUNCTIONS,
+    tag="mlq",
+    text=True,
+    parameters=(Parameter("name", "query", NAME_TEXT, "Its name, for who cannot send a body with DELETE."),),
+    body={JSON: NAMED, MSGPACK: NAMED},
+    body_required=False,
+    answers={200: Answer("It is removed: its name.", {TEXT: NAME_TEXT, JSON: NAMED})},
+    errors=(SigningKeyMissing, FunctionNotFound),
+)
 def remove_consumer(call: Call) -> Response:
-    """Refused, as POST /consumer is."""
-    _refuse()
+    """Take a posted function from all workers.
+
+    The body is `{"name": ...}`, or the one that it was posted with. It cannot be posted with that again.
+    """
+    keyring(call.mlq.settings)
+    name = (read_body(call) or call.query()).get("name")
+    if name is None:
+        raise InvalidArguments("the name of the function is missing.", faults=[("$.name", "is missing")])
+    Functions(call.store).remove(name)
+    return call.json({"name": name}) if call.wants_json else call.text(name)
+
+
+@operation(
+    "GET",
+    "/functions",
+    scope=READ,
+    tag="mlq",
+    answers={200: Answer("The functions, in the order in which they run.", {JSON: FUNCTION_LIST})},
+)
+def list_functions(call: Call) -> Response:
+    """List the posted functions: name, serial, times and size of each, and why a worker could not load it."""
+    return call.json({"functions": [dataclasses.asdict(one) for one in Functions(call.store).list()]})

@@ -29,7 +29,7 @@ DESCRIPTION: Final = """\
 Jobs for machine-learning workers: submit them, watch them, read their results.
 
 Errors are application/problem+json (RFC 9457); where a route answers text, they are text unless JSON is asked for by
-Accept. Options of a job are callback, delay, priority and tags.
+Accept. Options of a job are callback, webhook, delay, priority and tags.
 """
 
 

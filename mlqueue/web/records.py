@@ -16,7 +16,7 @@ __all__ = ["shown"]
 SIMPLE: Final = tuple(
     field.name
     for field in dataclasses.fields(JobRecord)
-    if field.name not in ("error", "attempts", "callback_attempts", "progress", "short_result", "usage")
+    if field.name not in ("error", "attempts", "callback_attempts", "webhook", "progress", "short_result", "usage")
 )
 
 
@@ -29,6 +29,7 @@ def shown(call: Call, record: JobRecord) -> dict[str, Any]:
     found["attempts"] = [dataclasses.asdict(attempt) for attempt in record.attempts]
     found["usage"] = record.usage and dataclasses.asdict(record.usage)
     found["callback_attempts"] = [dataclasses.asdict(attempt) for attempt in record.callback_attempts]
+    found["webhook"] = record.webhook and record.webhook.asdict()
     found["links"] = _links(call, record)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Annotated, Any, Final, NotRequired, TypedDict
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 from ..job import JobRecord
 from ..schema import Limits, schema_of
@@ -12,6 +12,24 @@ from .operation import JSON, TEXT, Answer
 
 Callback = Annotated[
     str, "A URL to be fetched by GET when the job has ended.", Limits(max_length=2048, pattern=r"^https?://[^/@\s]+")
+]
+Event = Literal["started", "progress", "completed", "failed", "cancelled"]
+
+
+class Hook(TypedDict):
+    """A webhook that is told of chosen events."""
+
+    url: Annotated[str, "Where the events are posted to.", Limits(max_length=2048, pattern=r"^https?://[^/@\s]+")]
+    events: NotRequired[
+        Annotated[list[Event], "Which events; the ends without it.", Limits(min_length=1, max_length=5)]
+    ]
+    progress_every: NotRequired[
+        Annotated[float, "The shortest time between two events of progress, in seconds.", Limits(ge=0.1, le=86400)]
+    ]
+
+
+HookUrl = Annotated[
+    str, "A URL that the ends of the job are posted to.", Limits(max_length=2048, pattern=r"^https?://[^/@\s]+")
 ]
 Delay = Annotated[float, "Seconds until the job may start.", Limits(ge=0, le=1e10)]
 QueueTimeout = Annotated[
@@ -39,6 +57,7 @@ class Options(TypedDict, total=False):
     """What may be chosen for a job. Options of Dramatiq are none of these."""
 
     callback: Callback | None
+    webhook: HookUrl | Hook | None
     delay: Delay | None
     hard_time_limit: HardLimit | None
     priority: Priority | None

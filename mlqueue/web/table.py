@@ -30,6 +30,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     mlq.read_short_result,
     mlq.add_consumer,
     mlq.remove_consumer,
+    mlq.list_functions,
     live.stream_job_events,
     live.stream_all_events,
     seen.read_logs,

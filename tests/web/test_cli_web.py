@@ -518,6 +518,19 @@ def test_up_without_modules_or_a_procfile_says_what_to_do(folder: Folder) -> Non
     assert (2, True) == ((refused := folder("up")).code, "has no line of the form" in refused.err)
 
 
+def test_consumer_without_modules_runs_what_is_posted_to_its_server_signed(folder: Folder) -> None:
+    port, key = free_port(), "the-signing-key-of-this-test"
+    folder.environ |= {"MLQUEUE_PROCESSES": "1", "MLQUEUE_SIGNING_KEY": key}
+    words = ["consumer", "--server", "--server_port", str(port), "--namespace", "shop"]
+    with running(folder, *words) as consumer:
+        consumer.says(f"serving shop at http://127.0.0.1:{port}")
+        with Client(f"http://127.0.0.1:{port}") as client:
+            client.register_function(lambda msg, utils: msg["arg1"] * msg["arg2"], key, "multiply", namespace="shop")
+            assert 6 == client.job(client.post({"arg1": 2, "arg2": 3})).result(timeout=15)
+        consumer.send(signal.SIGTERM)
+        assert 0 == consumer.ends()
+
+
 def test_consumer_without_anything_to_do_says_what_to_do(folder: Folder) -> None:
     refused = folder("consumer")
     assert (2, True) == (refused.code, "`mlqueue consumer tasks`; or say --server or --reaper" in refused.err)

@@ -247,7 +247,7 @@ def test_a_key_is_for_one_namespace(mlq: MLQ, server: Settings, guarded: FlaskCl
 
 @pytest.mark.parametrize("scopes", ["", "write", "read write", [], ["read", "x"]])
 def test_a_scope_that_is_none_is_refused(keys: ApiKeys, scopes: Any) -> None:
-    with pytest.raises(InvalidJob, match="submit, read, admin"):
+    with pytest.raises(InvalidJob, match="submit, read, functions, admin"):
         keys.new(scopes)
 
 
@@ -313,7 +313,7 @@ def test_a_hook_that_returns_something_else_is_an_error_not_a_yes(
     answer = mounted(mlq, lambda request: found).test_client().get(f"{PREFIX}/jobs")
     assert ["GET /q/jobs: SettingsError"] == [": ".join(text.split(": ")[:2]) for text in caplog.messages]
     assert (500, "SettingsError") == (answer.status_code, answer.json["code"])
-    assert "submit, read, admin" in answer.json["detail"]
+    assert "submit, read, functions, admin" in answer.json["detail"]
 
 
 def test_a_hook_may_redirect_to_the_hosts_login(mlq: MLQ) -> None:

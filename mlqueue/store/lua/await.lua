@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves start
+-- parts: events counts queue moves create hooks start
 -- A job that waits for another one: registers its bell, and has its own worker run the other if it waits in a lane of
 -- that worker. ARGV: id and attempt of the one that waits, id of the other, bell, worker, nonce (another after each job
 -- that it got), 1 when the worker may start it, then queue and lane of each that it serves.

@@ -21,8 +21,11 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:x:ID:WHAT:I    string  chunk I of a blob; WHAT is r<attempt> (result), c<generation> (checkpoint) or a<generation>
                            (body); until it belongs to a job it has a time to live
   R:wt:ID          set     bells of those who wait for the job: "e<bell>" for its end, "a<bell>" for every change
-  R:cb:ID          hash    the callback of a job: u URL; s how it stands: p to be delivered, d delivered, f failed
-  R:ca:ID          list    tries to deliver it (MessagePack), newest last, at most 50
+  R:cb:ID          hash    the callback of a job: u URL; s how it stands: p to be delivered, d delivered, f failed. Its
+                           webhook: w URL, e events (letters as in field C), h how the newest event stands (as s), i the
+                           delivery of that, m the shortest time between two events of progress in ms, n when the newest
+                           of those is due
+  R:ca:ID          list    tries to deliver them (MessagePack), newest last, at most 50
   R:s:S:QUEUE:LANE zset    the shelf of the jobs of one state, queue and lane. Score: the job's number; for the states q
                            and i (the waiting ones) priority * 2^42 + number. S is one of q i w s d c
   R:shelves        set     "S:QUEUE:LANE" of the shelves that exist or did
@@ -46,6 +49,9 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:actors         hash    the queue of every actor that a worker has declared, for who submits by name
   R:http           hash    what web processes are told of every actor that may be called over HTTP (MessagePack)
   R:keys           hash    API keys by their id (MessagePack; of the secret its SHA-256 alone)
+  R:pf             hash    posted functions by name (MessagePack: place, serial, when signed, when posted, code, signature,
+                           nonce); R:pfs their newest serials, removed ones included; R:pfe why a worker could not load
+                           one (MessagePack: serial, text, worker, when); R:pfv counts their changes
   R:once:KEY       string  what an idempotency key came with: fingerprint of the request, ids of the jobs (MessagePack)
   R:ev             stream  what happened to jobs, while somebody listens: field e of each entry is an event (part_events.lua,
                            MessagePack); one whose kind is "-" says that before it nobody did
@@ -71,14 +77,17 @@ A lane holds the jobs that the same workers can run: it is the actor's name, or 
 functions. A worker asks for lanes that it can run, so a job that nobody can run blocks nothing.
 
 A callback is a job of its own, in the queue mlqueue.callbacks: the script that ends a job creates it (its id is the
-job's, ".cb" and the job's number, its parent the job), and workers deliver it beside their threads.
+job's, ".cb" and the job's number, its parent the job), and workers deliver it beside their threads. So is an event for a
+webhook, created by the script that makes the move (".wh" and, for an end, the job's number, else r or p and the attempt);
+its arguments are the event, when it was, and the attempt.
 
 Fields of the record: s state, q queue, a actor, l lane (when it is not the actor), n number, t created, N when it
 was retried by hand last, p priority
 (when not 0), b body, d due, k attempt (starts so far; never goes down), y retries, x crashes, z stalls, w worker,
 u started, f finished, v progress value (MessagePack), V progress note, r result, g dead reason, c time when cancelling
 was asked for, P parent, G tags (MessagePack), T result ttl in ms (-1 for ever), X most crashes, Z most stalls,
-W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint, C 1 when it has a callback (R:cb:ID), J timeout in
+W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint, C what is called (R:cb:ID): 1 its
+callback, s d c its webhook at this end, r at a start, p at progress, J timeout in
 ms, O timeouts so far, A the job that it waits for, h how its cancelling ended it,
 Q queue timeout in ms, U when that is over (with the attempt behind it that has begun since), j by how many ms the running
 attempt was prolonged, and the nonce of the last time,

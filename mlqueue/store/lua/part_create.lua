@@ -7,7 +7,9 @@ local INLINE = 64
 local IN_CHUNKS = '\193MQa'
 
 -- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
--- most stalls, callback's URL, timeout in ms, queue timeout in ms (counted from when the job is due).
+-- most stalls, callback's URL, timeout in ms, queue timeout in ms (counted from when the job is due). With a webhook,
+-- instead of the callback's URL: that or false, the URL of the webhook, its events (letters), the shortest time between two
+-- events of progress in ms.
 -- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
 local function create(item)
   local id, queue, actor, lane, priority = item[1], item[2], item[3], item[4], item[5]
@@ -42,7 +44,15 @@ local function create(item)
   if item[10] and item[10] ~= '' then also('P', item[10]) end
   if item[12] then also('X', item[12]) end
   if item[13] then also('Z', item[13]) end
-  if item[14] then
+  if type(item[14]) == 'table' then
+    local url, webhook, events, every = unpack(item[14])
+    assert(type(webhook) == 'string' and type(events) == 'string' and type(every) == 'number', 'malformed webhook')
+    call('HSET', R .. ':cb:' .. id, 'w', webhook, 'e', events, 'm', every)
+    if url then
+      call('HSET', R .. ':cb:' .. id, 'u', url)
+    end
+    also('C', (url and '1' or '') .. events)
+  elseif item[14] then
     call('HSET', R .. ':cb:' .. id, 'u', item[14])
     also('C', 1)
   end

@@ -62,15 +62,6 @@ local function drop_result(id)
   call('UNLINK', R .. ':r:' .. id)
 end
 
--- MessagePack of no arguments, [[], {}]: what a callback is about says its parent.
-local NO_ARGUMENTS = string.char(0x92, 0x90, 0x80)
-
--- Has the callback of a job delivered. Made again it exists already and nothing happens.
-local function call_back(id, rec)
-  call('HSET', R .. ':cb:' .. id, 's', 'p')
-  create({ id .. '.cb' .. rec.number, CALLBACKS, CALLBACK, CALLBACK, 0, -1, -1, NO_ARGUMENTS, 0, id })
-end
-
 -- Ends a job. `fields` are further fields of the record, flat. The state is written last of the record.
 local function finish(id, rec, state, fields, ttl)
   if rec.checkpoint and state ~= 'd' then
@@ -78,7 +69,7 @@ local function finish(id, rec, state, fields, ttl)
     call('HDEL', jkey(id), 'K')
   end
   if rec.callback then
-    call_back(id, rec)
+    call_back(id, rec, state)
   end
   local result = fields[1] == 'r' and fields[2] or ''
   local n = #fields

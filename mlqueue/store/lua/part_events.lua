@@ -33,7 +33,7 @@ local function emit(kind, id)
   if value and #value > 250 then
     value = cmsgpack.pack(brief(cmsgpack.unpack(value))) -- a text; numbers are left alone, they would lose digits
   end
-  local callback = kind == 'callback' and call('HGET', R .. ':cb:' .. id, 's') or ''
+  local callback = kind == 'callback' and (call('HGET', R .. ':cb:' .. id, 's') or call('HGET', R .. ':cb:' .. id, 'h')) or ''
   redis.pcall('XADD', R .. ':ev', 'MAXLEN', '~', KEPT, '*', 'e', cmsgpack.pack({ kind, id, f[1], f[2], f[3],
     tonumber(f[4] or 0), value, note, f[7] or '', f[8] and true or false, callback }))
 end

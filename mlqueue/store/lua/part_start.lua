@@ -5,7 +5,7 @@ local jobs, ids, given = {}, {}, {}
 
 local function read(id)
   return call('HMGET', jkey(id), 's', 'w', 'k', 'q', 'a', 't', 'b', 'W', 'y', 'x', 'z', 'p', 'P', 'K', 'u', 'i', 'J',
-    'N', 'l', 'd', 'U')
+    'N', 'l', 'd', 'U', 'C')
 end
 
 -- What the worker gets of a job: id, queue, actor, attempt, created (or retried by hand: its age begins anew), retries,
@@ -81,6 +81,9 @@ local function start(id, worker, expire)
   end
   if f[8] then
     tell(id, { watched = f[8] }, false)
+  end
+  if f[22] and string.find(f[22], 'r', 1, true) then
+    pcall(call_back, id, { callback = f[22], attempt = attempt }, 'r') -- whatever is wrong with it, the job goes on
   end
   ids[#ids + 1] = id
   given[#given + 1], given[#given + 2] = id, attempt

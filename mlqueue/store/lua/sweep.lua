@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create ends history late release remove expire unserved
+-- parts: events counts queue moves promote create hooks ends history late release remove expire unserved
 -- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
 -- buries what no worker knows the functions of or what has not begun in time, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
@@ -43,7 +43,8 @@ write_ends()
 write_counts()
 local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
 for _, id in ipairs(expired) do
-  if call('HGET', R .. ':cb:' .. id, 's') == 'p' then
+  local told = call('HMGET', R .. ':cb:' .. id, 's', 'h')
+  if told[1] == 'p' or told[2] == 'p' then
     call('ZADD', R .. ':exp', NOW + 60000, id) -- what its callback says stands in the record
   elseif not pcall(remove, id) then
     call('ZREM', R .. ':exp', id)
@@ -51,7 +52,8 @@ for _, id in ipairs(expired) do
 end
 if tonumber(ARGV[8]) >= 0 then
   for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':dead', '-inf', NOW - tonumber(ARGV[8]), 'LIMIT', 0, 1000)) do
-    if call('HGET', R .. ':cb:' .. id, 's') == 'p' then
+    local told = call('HMGET', R .. ':cb:' .. id, 's', 'h')
+    if told[1] == 'p' or told[2] == 'p' then
       call('ZADD', R .. ':dead', NOW - tonumber(ARGV[8]) + 60000, id) -- as above
     elseif not pcall(remove, id) then
       call('ZREM', R .. ':dead', id)

@@ -1,5 +1,5 @@
 #!lua
--- parts: events queue moves progress
+-- parts: events queue moves create hooks progress
 -- Progress of running jobs. ARGV: id, attempt, value, note of each.
 -- Returns for each 1 (written), 0 (stale) or 2 (written, and cancelling has been asked for).
 local answer = {}
