@@ -3,8 +3,10 @@
 ::
 
     pip install 'mlqueue[batch]' batchup torch pillow      # torch: a build for the processor will do
-    python benchmarks/batches.py                           # all of it; makes 20,000 JPEG files, 30 minutes
-    python benchmarks/batches.py --quick memory parallel   # parts: memory, threads, parallel, first, weighted
+    python -P benchmarks/batches.py                           # all of it; makes 20,000 JPEG files, 30 minutes
+    python -P benchmarks/batches.py --quick memory parallel   # parts: see PARTS
+
+(-P, because of the queue.py that lies beside it.)
 
 Every figure is the median over rounds; in a round each competitor runs once, in turn, so that what else the machine
 does meets all of them. A competitor that is not installed is left out. "x" columns are ratios: more is better for us.
@@ -222,6 +224,28 @@ class MemoryTask:
         return data_source.ArrayDataSource(list(self.arrays))
 
 
+class PicturesTask:
+    """Rows of an array of pictures."""
+
+    batch_size, most, dtype = 64, 100, np.uint8
+
+    def __init__(self, images: list[str]) -> None:
+        self.length = 1000
+        self.arrays = (np.random.default_rng(0).integers(0, 256, (self.length, 3, SIDE, SIDE), np.uint8),)
+        if self.dtype is not np.uint8:
+            self.arrays = (self.arrays[0].astype(self.dtype),)
+
+    def load(self, indices: Any) -> tuple[np.ndarray, ...]:
+        return (self.arrays[0][indices],)
+
+    def source(self) -> Any:
+        return data_source.ArrayDataSource(list(self.arrays), repeats=10)
+
+
+class FloatPicturesTask(PicturesTask):
+    dtype = np.float32
+
+
 class JPEGTask:
     """Images decoded to uint8."""
 
@@ -273,7 +297,14 @@ class PythonTask:
         return data_source.ArrayDataSource([np.arange(self.length)]).map(self.load)
 
 
-TASKS = {"memory": MemoryTask, "JPEG to uint8": JPEGTask, "JPEG to float32": FloatTask, "pure Python": PythonTask}
+TASKS = {
+    "memory": MemoryTask,
+    "pictures uint8": PicturesTask,
+    "pictures float32": FloatPicturesTask,
+    "JPEG to uint8": JPEGTask,
+    "JPEG to float32": FloatTask,
+    "pure Python": PythonTask,
+}
 
 
 class BatchUpView:
@@ -340,6 +371,8 @@ def parallel(options: argparse.Namespace) -> None:
     images, rows = make_images(options.images_folder, options.images), []
     costs: list[dict[str, Any]] = []
     for task_name, make_task in TASKS.items():
+        if task_name.startswith("pictures"):
+            continue  # these are for the pool of actors
         task = make_task(images)
         with contextlib.ExitStack() as closing:
             loaders = {name: open_loader(name, task, closing) for name in LOADERS}
@@ -370,6 +403,118 @@ def parallel(options: argparse.Namespace) -> None:
             loaders.clear()
     table(f"Two workers, {AHEAD} batches ahead, every page touched: samples/s", rows)
     table("The same: processor time of all processes for one sample, in microseconds", costs)
+
+
+# --- batches prepared by workers of the queue ---
+
+
+@contextlib.contextmanager
+def actor_workers() -> Iterator[Any]:
+    """A throw-away store, two worker processes, and the module of their sources as this process has it."""
+    from mlqueue.testing import temporary_server
+
+    here = str(Path(__file__).resolve().parent / "sources")
+    with temporary_server() as settings:
+        os.environ["MLQUEUE_URL"] = str(settings.url)
+        sys.path.insert(0, here)
+        sys.modules.setdefault("batches", sys.modules[__name__])
+        import actor_sources
+
+        command = [sys.executable, "-m", "mlqueue", "worker", "actor_sources", "--processes", str(WORKERS)]
+        path = os.pathsep.join([here, *[entry for entry in sys.path if entry]])
+        with tempfile.TemporaryFile() as log:
+            worker = subprocess.Popen(
+                [*command, "--threads", "1"], env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=log, cwd=here
+            )
+            try:
+                while len(actor_sources.mlq.store.workers()) < WORKERS and worker.poll() is None:
+                    time.sleep(0.05)
+                yield actor_sources
+            finally:
+                worker.terminate()
+                worker.wait()
+                actor_sources.mlq.close()
+
+
+def actors(options: argparse.Namespace) -> None:
+    from mlqueue.batch.actor_pool import ActorPool
+
+    images, rows = make_images(options.images_folder, options.images), []
+    with actor_workers() as module:
+        for task_name, make_task in TASKS.items():
+            task = make_task(images)
+            named = module.task_source(name=task_name, folder=str(options.images_folder), count=options.images)
+            with contextlib.ExitStack() as closing:
+                pool = closing.enter_context(ActorPool(module.mlq, workers=WORKERS, alone_after=None))
+                parallel = pool.parallel_data_source(named, AHEAD)
+                loaders = {name: open_loader(name, task, closing) for name in ("BatchUp processes", "torch")}
+                loaders["actors"] = lambda epoch, ds=parallel, task=task: ds.batch_iterator(
+                    task.batch_size, shuffle=1, epoch=epoch
+                )
+                epochs = iter(range(1_000_000))
+
+                def measure(loader: Any, task: Any = task, epochs: Any = epochs) -> Rate:
+                    def once() -> float:
+                        batches = loader(next(epochs))
+                        touch(next(batches))
+                        found = rate(batches, task.most, touch)
+                        finish(batches)
+                        return found
+
+                    return once
+
+                found = compare({name: measure(each) for name, each in loaders.items() if each}, options.rounds)
+                row: dict[str, Any] = {"task": task_name, **found}
+                for other in ("torch", "BatchUp processes"):
+                    if other in found:
+                        row[f"x {other}"] = found["actors"] / found[other]
+                rows.append(row)
+                loaders.clear()
+        table(f"Two worker processes of the queue, {AHEAD} batches ahead, every page touched: batches/s", rows)
+        for other in ("torch", "BatchUp processes"):
+            ratios = [row[f"x {other}"] for row in rows if f"x {other}" in row]
+            if ratios:
+                print(f"\nGeometric mean: {geometric_mean(ratios):.2f} x {other}, least {min(ratios):.2f}")
+        with ActorPool(module.mlq, workers=WORKERS, alone_after=None) as pool:
+            table("One batch, in milliseconds", [single_batches(pool, module, options)])
+
+
+def single_batches(pool: Any, module: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What does not depend on the preparing."""
+    rate(pool.parallel_data_source(module.empty_source(length=500)).batch_iterator(1))
+    row: dict[str, Any] = {}
+    row["empty, one after the other"] = 1e3 / rate(
+        pool.parallel_data_source(module.empty_source(length=5000)).batch_iterator(1)
+    )
+    if batchup:
+        theirs = batchup.work_pool.WorkerProcessPool(WORKERS)
+        arrays = [np.zeros((5000, 1))]
+        old = theirs.parallel_data_source(batchup.data_source.ArrayDataSource(arrays), 20)
+        row["BatchUp processes"] = 1e3 / rate(old.batch_iterator(1))
+    source = module.task_source(name="pictures uint8", folder=str(options.images_folder), count=options.images)
+    first, hand_over = [], []
+    for _ in range(options.rounds):
+        time.sleep(2)
+        begun = time.perf_counter()
+        batches = pool.parallel_data_source(source, 6).batch_iterator(64, shuffle=1)
+        next(batches)
+        first.append(time.perf_counter() - begun)
+        time.sleep(0.5)  # until all are ready
+        for _ in range(3):
+            begun = time.perf_counter()
+            next(batches)
+            hand_over.append(time.perf_counter() - begun)
+        batches.close()
+    block, target = np.ones(64 * 3 * SIDE * SIDE, np.uint8), np.zeros(64 * 3 * SIDE * SIDE, np.uint8)
+    copies = []
+    for _ in range(50):
+        begun = time.perf_counter()
+        np.copyto(target, block)
+        copies.append(time.perf_counter() - begun)
+    row["first of 64 pictures after 2 s idle"] = statistics.median(first) * 1e3
+    row["hand-over of 9.6 MB"] = statistics.median(hand_over) * 1e3
+    row["memcpy of it"] = statistics.median(copies) * 1e3
+    return row
 
 
 def processor_cost(batches: Any, task: Any) -> float:
@@ -406,7 +551,7 @@ def first(options: argparse.Namespace) -> None:
         for name in LOADERS:
             runs = []
             for _ in range(options.rounds):
-                command = [sys.executable, __file__, "--one", name, task_name, "--images", str(options.images)]
+                command = [sys.executable, "-P", __file__, "--one", name, task_name, "--images", str(options.images)]
                 done = subprocess.run(
                     [*command, "--images-folder", str(options.images_folder)], stdout=subprocess.PIPE, check=False
                 )
@@ -517,7 +662,14 @@ def weighted(options: argparse.Namespace) -> None:
     table("Weighted drawing from 1,000,000 samples: batches/s", rows)
 
 
-PARTS = {"memory": memory, "threads": threads, "parallel": parallel, "first": first, "weighted": weighted}
+PARTS = {
+    "memory": memory,
+    "threads": threads,
+    "parallel": parallel,
+    "actors": actors,
+    "first": first,
+    "weighted": weighted,
+}
 
 
 def main() -> None:

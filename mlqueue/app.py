@@ -25,6 +25,7 @@ from .handle import Job
 from .job import State, check_id, new_id, seconds, timestamp
 from .listeners import QUEUE, Listeners
 from .message import LISTENER, OPTION_CHECKS
+from .named import BATCHES, NamedSource, serving_actor
 from .posted import job_dict, progress_text
 from .reaper import Reaper
 from .settings import Settings
@@ -294,6 +295,8 @@ class MLQ:
         self._reapers: list[Reaper] = []
         if settings.signing_keys:
             call_actor(self.broker)
+        #: The data sources that `data_source` has registered, by name.
+        self.sources: dict[str, NamedSource[..., Any]] = {}
         # A guest: the host's own global broker stays.
         if dramatiq.broker.global_broker is None:
             dramatiq.set_broker(self.broker)
@@ -342,6 +345,26 @@ class MLQ:
             return declared
 
         return declare if fn is None else declare(fn)
+
+    def data_source(
+        self, name: str, *, version: str | Callable[..., object] | None = None, queue_name: str = BATCHES
+    ) -> Callable[[Callable[P, R]], NamedSource[P, R]]:
+        """Registers the factory of a data source under a name: ``@mlq.data_source("train")``.
+
+        Workers of `queue_name` that import it prepare its batches for a `mlqueue.batch.actor_pool.ActorPool`, without
+        being sent any code: each process makes the source once, and lets go of it when it has not been used for a
+        while. Trainer and worker compare the code of the factory and `version`, a text, or a function of the
+        factory's arguments whose value changes with the data, as the time of a file. The factory takes keyword
+        arguments of values that the codec carries. Registered again, the name means the later one.
+        """
+
+        def register(factory: Callable[P, R]) -> NamedSource[P, R]:
+            named = NamedSource(name, factory, version)
+            self.sources[name] = named
+            serving_actor(self, queue_name)
+            return named
+
+        return register
 
     def submit(self, actor_name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Submits a job by the name of its actor, whose code need not be here.

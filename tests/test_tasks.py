@@ -30,7 +30,7 @@ _global_broker = dramatiq.broker.global_broker
 from tasks import demo, mlq, predict_digits, train_digits  # noqa: E402
 from tasks.data import SIDE, load_digits, with_shifts  # noqa: E402
 from tasks.network import Network  # noqa: E402
-from tasks.training import Training, model_key  # noqa: E402
+from tasks.training import Training, digits_source, model_key  # noqa: E402
 
 dramatiq.broker.global_broker = _global_broker  # the app has taken a place that belongs to other tests
 
@@ -257,6 +257,28 @@ def test_a_training_whose_process_is_killed_goes_on_from_its_checkpoint_in_anoth
     assert sorted(attempts) == attempts
     assert {1, 2} == set(attempts)
     assert attempts.count(1) >= 4
+
+
+def test_a_training_on_batches_of_a_pool_goes_on_within_an_epoch_and_uses_each_batch_once(crew: Crew) -> None:
+    arguments = {**QUICK, "epochs": 6, "hidden": 512, "batch_size": 16, "pool": True}
+    with crew.working(2):
+        job = train_digits.submit(**arguments)
+        for event in job.events(timeout=PATIENCE):
+            if isinstance(event.progress, int | float) and event.progress > 30:
+                break
+        trainer = next(worker for worker in mlq.store.workers() if job.id in worker.jobs)
+        os.kill(trainer.info["pid"], signal.SIGKILL)
+        job.result(timeout=PATIENCE)
+        assert (2, 1) == (job.record.attempt, job.record.crashes), crew.log()
+    with threadpool_limits(limits=1):
+        alone = Training(load_digits(), arguments["hidden"], 1)
+        for epoch in range(arguments["epochs"]):
+            for images, labels in digits_source().batch_iterator(arguments["batch_size"], shuffle=1, epoch=epoch):
+                alone._step(images, labels, arguments["lr"])
+            alone._end_epoch(1)
+    assert [entry["loss"] for entry in alone.history] == pytest.approx(
+        [entry["loss"] for entry in history_of(job)], 1e-4
+    )
 
 
 def test_a_training_whose_worker_is_stopped_goes_back_without_a_strike_and_is_resumed(crew: Crew) -> None:

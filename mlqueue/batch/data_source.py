@@ -83,6 +83,9 @@ Empty = Callable[[Any, Any], np.ndarray]
 class AbstractDataSource:
     """A source of mini-batches. A subclass has to have :meth:`batch_iterator`, and :meth:`num_samples` if it can."""
 
+    #: How workers know the source, where a factory with a name has made it (``MLQ.data_source``).
+    reference: Any = None
+
     @property
     def is_random_access(self) -> bool:
         """Whether samples can be had by index, so that worker pools can prepare batches."""

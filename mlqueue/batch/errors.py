@@ -5,6 +5,9 @@
     MLQueueError
     └── BatchError
         ├── StateError       a saved state does not fit the iterator, or there is none to save
+        ├── SourceFailed     a worker could not make a data source
+        ├── SourceMismatch   no worker has the data source, or all have another version of it
+        ├── BatchSkipped     a batch was left out (policy skip); iterators go on to the next
         └── SampleError      a sample could not be read; carries its index
             └── TooManySkips more samples than allowed could not be read
 """
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from mlqueue.errors import MLQueueError
 
-__all__ = ["BatchError", "SampleError", "StateError", "TooManySkips"]
+__all__ = ["BatchError", "BatchSkipped", "SampleError", "SourceFailed", "SourceMismatch", "StateError", "TooManySkips"]
 
 
 class BatchError(MLQueueError):
@@ -22,6 +25,18 @@ class BatchError(MLQueueError):
 
 class StateError(BatchError, ValueError):
     """The saved state does not fit this iterator."""
+
+
+class SourceFailed(BatchError):
+    """A data source could not be made."""
+
+
+class SourceMismatch(BatchError):
+    """No worker can prepare batches of this data source."""
+
+
+class BatchSkipped(BatchError):
+    """A batch was left out because it could not be prepared."""
 
 
 class SampleError(BatchError):

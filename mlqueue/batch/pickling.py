@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from mlqueue.errors import MissingDependency
 __all__ = ["pickle_code"]
 
 
-def pickle_code(value: Any, *, whole: bool = False) -> tuple[bytes, list[Any]]:
+def pickle_code(
+    value: Any, *, whole: bool = False, refer: Callable[[Any], Any] | None = None
+) -> tuple[bytes, list[Any]]:
     """Pickle work or a source: functions and classes of the main script, lambdas and closures by value.
 
     Gives the pickle and the buffers of arrays beside it; with `whole` everything is in the pickle. An open HDF5 node
-    and a memory map travel as the name of their file.
+    and a memory map travel as the name of their file. `refer` says of an object how it is reduced, or NotImplemented.
     """
     try:
         import cloudpickle  # type: ignore[import-untyped,unused-ignore]
@@ -31,7 +34,9 @@ def pickle_code(value: Any, *, whole: bool = False) -> tuple[bytes, list[Any]]:
 
     class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         def reducer_override(self, obj: Any) -> Any:
-            reduced = reduce_file(obj)
+            reduced = NotImplemented if refer is None else refer(obj)
+            if reduced is NotImplemented:
+                reduced = reduce_file(obj)
             return super().reducer_override(obj) if reduced is NotImplemented else reduced
 
     keep = None if whole else lambda buffer: buffers.append(buffer.raw())

@@ -23,6 +23,7 @@ import numpy as np
 
 from mlqueue.batch.crew import BatchCall, Call, Crew, ThreadCrew
 from mlqueue.batch.data_source import AbstractDataSource, need_random_access, noise_entropy, state_of
+from mlqueue.batch.errors import BatchSkipped
 from mlqueue.batch.iteration import BatchIterator
 from mlqueue.batch.order import as_shuffle
 from mlqueue.batch.pool_worker import is_pure
@@ -295,8 +296,11 @@ class ParallelIterator(BatchIterator):
     def __next__(self) -> Any:
         if self._closed:
             raise StopIteration
-        if not self._parts:
-            self._parts.extend(self._take())
+        while not self._parts:
+            try:
+                self._parts.extend(self._take())
+            except BatchSkipped:
+                continue  # it has been told of, and counts as given
         self._given += 1
         return self._parts.popleft()
 

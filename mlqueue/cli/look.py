@@ -233,10 +233,12 @@ def _callback_attempt(tried: CallbackAttempt) -> str:
 
 @command()
 def stats(call: Call) -> None:
-    """Count jobs, and list the workers: by state, queue and actor; with the jobs that each worker holds."""
+    """Count jobs, and list the workers: by state, queue and actor; with the jobs that each worker holds. And the pools
+    that have batches prepared."""
     store = open_store(call)
     counts = store.counts()
     workers = store.workers()
+    pools = store.pools()
     states: Counter[State] = Counter()
     for count in counts:
         states[count.state] += count.number
@@ -248,6 +250,7 @@ def stats(call: Call) -> None:
                 "states": {str(state): states[state] for state in State},
                 "counts": [count._asdict() | {"state": str(count.state)} for count in counts],
                 "workers": [_worker(worker) for worker in workers],
+                "pools": [{"id": run, **plain(pool)} for run, pool in sorted(pools.items())],
             }
         )
         return
@@ -260,6 +263,29 @@ def stats(call: Call) -> None:
         rows = [(*lane, *(numbers[state] for state in State)) for lane, numbers in sorted(by_lane.items())]
         call.write("\n" + table(("queue", "actor", *State), rows, people=True))
     _write_workers(call, workers)
+    _write_pools(call, pools)
+
+
+def _write_pools(call: Call, pools: dict[str, dict[str, Any]]) -> None:
+    """How the preparing of batches goes, for each trainer: who waits for whom, as shares of the time since it began."""
+    rows = []
+    for pool in pools.values():
+        lasted = max(1e-3, time.time() - pool["begun"])
+        rows.append(
+            (
+                pool["queue"],
+                f"{pool['host']}/{pool['pid']}",
+                f"{pool['trainer_waited'] / lasted:.0%}",
+                pool["workers"],
+                f"{pool['workers_waited'] / lasted / max(1, pool['workers']):.0%}",
+                f"{pool['given'] / lasted:.1f}",
+                f"{pool['ready']} of {pool['ready'] + pool['outstanding']}",
+                pool["transport"],
+            )
+        )
+    if rows:
+        head = ("queue", "trainer", "waits", "workers", "idle", "batches/s", "ready", "by")
+        call.write("\n" + table(head, rows, people=True))
 
 
 def _write_workers(call: Call, workers: list[WorkerInfo]) -> None:

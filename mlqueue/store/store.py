@@ -68,6 +68,9 @@ SUBMIT_BYTES: Final = 8 * 2**20
 #: How many jobs one call forgets at most: they hold up the server's other callers.
 REMOVE_BATCH: Final = 500
 
+#: For how long it is remembered how a pool that prepares batches fares, in seconds.
+POOL_TTL: Final = 15.0
+
 #: The states that a job can be forgotten in.
 NOT_RUNNING: Final = tuple(state for state in State if state is not State.RUNNING)
 
@@ -1055,6 +1058,27 @@ class Store:
 
     def _data_key(self, name: str, generation: str, number: int) -> str:
         return f"{self.root}:data:{name}:{generation}:{number}"
+
+    def publish_pool(self, run: str, data: bytes, holds: float = POOL_TTL) -> None:
+        """Tells how a pool that prepares batches fares; forgotten unless told again within `holds` seconds."""
+        key = f"{self.root}:pools"
+        self.connector.execute("HSET", key, run, codec.encode([self.now(), data]))
+        self.connector.execute("PEXPIRE", key, milliseconds(holds))
+
+    def withdraw_pool(self, run: str) -> None:
+        """Forgets what a pool has told."""
+        self.connector.execute("HDEL", f"{self.root}:pools", run)
+
+    def pools(self, told_within: float = POOL_TTL) -> dict[str, dict[str, Any]]:
+        """What pools that prepare batches have told within so many seconds, by run."""
+        key, found = f"{self.root}:pools", {}
+        for run, packed in flat(self.connector.execute("HGETALL", key)).items():
+            told, data = codec.decode(packed)
+            if told > self.now() - told_within:
+                found[run.decode()] = codec.decode(data)
+            else:
+                self.connector.execute("HDEL", key, run)  # its trainer was killed
+        return found
 
     def now(self) -> float:
         """The server's clock in Unix seconds, as far as this process has seen it."""

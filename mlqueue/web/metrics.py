@@ -62,6 +62,7 @@ def _lines(call: Call) -> Iterator[str]:
     yield from _jobs(call)
     yield from _workers(call)
     yield from _counters(call)
+    yield from _pools(call)
     yield from _metric("mlqueue_store_latency_seconds", "gauge", "How long the store took to answer.", [({}, latency)])
 
 
@@ -108,6 +109,30 @@ def _counters(call: Call) -> Iterator[str]:
     yield from _metric("mlqueue_callback_tries_total", "counter", "Tries to call back, by outcome.", tries)
     yield from _histogram("mlqueue_job_wait_seconds", "How long jobs waited since they could be run.", found.waits)
     yield from _histogram("mlqueue_job_run_seconds", "How long attempts ran that ended by themselves.", found.runs)
+
+
+#: What the pools that prepare batches tell of themselves: metric, kind, text, and the name of the number.
+POOLS: Final = (
+    ("mlqueue_batch_workers", "gauge", "Workers that prepare batches for a pool.", "workers"),
+    ("mlqueue_batch_outstanding", "gauge", "Batches that are being prepared or wait for a worker.", "outstanding"),
+    ("mlqueue_batch_ready", "gauge", "Batches that are ready and not taken.", "ready"),
+    ("mlqueue_batch_prepared_total", "counter", "Batches that workers have prepared.", "prepared"),
+    ("mlqueue_batch_given_total", "counter", "Batches that the trainer has taken.", "given"),
+    ("mlqueue_batch_bytes_total", "counter", "Bytes of the batches that workers have prepared.", "bytes"),
+    ("mlqueue_batch_retries_total", "counter", "Batches that were given out again.", "retries"),
+    ("mlqueue_batch_skipped_total", "counter", "Batches that were left out.", "skipped"),
+    ("mlqueue_batch_here_total", "counter", "Batches that the trainer had to prepare itself.", "here"),
+    ("mlqueue_batch_trainer_wait_seconds_total", "counter", "How long the trainer waited for data.", "trainer_waited"),
+    ("mlqueue_batch_worker_wait_seconds_total", "counter", "How long workers waited for leases.", "workers_waited"),
+    ("mlqueue_batch_preparing_seconds_total", "counter", "How long workers prepared batches.", "preparing"),
+)
+
+
+def _pools(call: Call) -> Iterator[str]:
+    pools = call.store.pools()
+    for name, kind, text, number in POOLS:
+        samples = [({"queue": pool["queue"], "pool": run}, float(pool[number])) for run, pool in sorted(pools.items())]
+        yield from _metric(name, kind, text, samples)
 
 
 # The format

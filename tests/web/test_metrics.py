@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from receivers import receiver
 from support import StartWorker, eventually, fresh_app
 
-from mlqueue import MLQ, Retry, Settings, current_job
+from mlqueue import MLQ, Retry, Settings, codec, current_job
+from mlqueue.batch.actor_crew import PoolStats
 from mlqueue.job import JobError, NewJob, Result, new_id
 from mlqueue.store import Held, Settle, Store
 from mlqueue.store.events import BOUNDS
@@ -129,6 +130,18 @@ def test_ends_retries_and_jobs_are_counted_by_actor(mlq: MLQ, client: FlaskClien
     waiting.cancel()
 
 
+def test_pools_that_prepare_batches_are_there_until_they_have_been_silent_for_long(
+    mlq: MLQ, client: FlaskClient
+) -> None:
+    told = {**vars(PoolStats(given=7, trainer_waited=1.5)), "queue": "batches"}
+    mlq.store.publish_pool("lives", codec.encode(told))
+    mlq.client.hset(f"{mlq.store.root}:pools", "killed", codec.encode([mlq.store.now() - 60, codec.encode(told)]))
+    assert {("batches", "lives"): 7} == values(client, "mlqueue_batch_given", "queue", "pool")
+    assert {("batches", "lives"): 1.5} == values(client, "mlqueue_batch_trainer_wait_seconds", "queue", "pool")
+    assert ["lives"] == list(mlq.store.pools())
+    assert 0 < mlq.client.ttl(f"{mlq.store.root}:pools") <= 15
+
+
 def test_lost_workers_and_timeouts_are_counted_by_what_was_lost(mlq: MLQ, client: FlaskClient, hand: Hand) -> None:
     hand.submit(3, job_timeout=3600.0)
     jobs = hand.turn(3)
@@ -226,6 +239,7 @@ def test_every_metric_stands_in_the_how_to_with_kind_and_labels(mlq: MLQ, client
         mapping={"e:a:s": 1, "y:a": 1, "x:a": 1, "z:a": 1, "o:a": 1, "c:d": 1, "w:a:10": 1, "r:a:inf": 1},
     )
     hand.submit()
+    mlq.store.publish_pool("lives", codec.encode({**vars(PoolStats()), "queue": "batches"}))
     found = {
         sample.name.removesuffix("_bucket"): (family.type, set(sample.labels) - {"le"})
         for family in families(client).values()

@@ -71,6 +71,7 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:mig:gl         list    their children that have completed here since (MessagePack)
   R:data:KEY       hash    what jobs stored for each other: v value, or n number of chunks; z size, g generation
   R:data:KEY:G:I   string  chunk I of generation G of it
+  R:pools          hash    how pools that prepare batches fare, by run: when it was told, and what (MessagePack)
   R:datas          zset    the keys of such data (quoted) by the time when they expire, +inf for never
 
 A lane holds the jobs that the same workers can run: it is the actor's name, or the actor's name, "|" and a list of

@@ -1,0 +1,823 @@
+"""The crew of a pool of actors: leases, and the workers that take them; :mod:`mlqueue.batch.serving` runs in those.
+
+Work that is given out is a lease. It waits until a worker has room for it, and is sent there with a slot; the worker
+answers its leases in their order. Who has been silent for too long counts as stalled: what it holds is given to others
+as well, in other slots, and the first answer counts. Who has gone loses what it held; what it had begun is a strike
+against that batch, since the batch may have been the reason.
+
+Two threads of the trainer's keep this going while the trainer trains: the `Desk`'s, which alone reads what workers
+tell, and that of the `Staff`, which alone speaks with the store: it sees to it that workers come.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import random
+import select
+import statistics
+import threading
+import time
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from mlqueue.batch import links, serving
+from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
+from mlqueue.batch.errors import BatchSkipped, SourceMismatch
+from mlqueue.batch.links import HostListener, HostPeer, Report
+from mlqueue.batch.pickling import pickle_code
+from mlqueue.batch.process_crew import WorkerDied, same_bytes
+from mlqueue.batch.requests import PURPOSE, encode_request, load_signed, rebuild_error
+from mlqueue.batch.transport import Segment, SlotArena, SlotWriter, read_description
+from mlqueue.named import NamedSource, Reference
+from mlqueue.signing import Keyring
+
+__all__ = ["ActorCrew", "Desk", "PoolStats", "Source", "Terms"]
+
+logger = logging.getLogger("mlqueue.batches")
+
+#: A batch that has ended so many workers is not tried again, unless the policy says so.
+MOST_DEATHS: Final = 2
+#: A worker is sent leases ahead for about so many seconds of work: it must not wait for the trainer between two.
+AHEAD: Final = 0.02
+#: How many it holds at least and at most.
+FEWEST_AHEAD, MOST_AHEAD = 2, 16
+#: A worker that has been stalled for so many times the lease is cut off.
+CUT_OFF_AFTER: Final = 5
+#: How long a source may be refused by all workers that are there until that is an error, in seconds.
+REFUSED_FOR: Final = 2.0
+#: How long somebody who has connected may take to say who it is, in seconds.
+HELLO_WITHIN: Final = 5.0
+
+Policy = Literal["raise", "skip", "retry"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What an `ActorPool` was asked for; its documentation has them all."""
+
+    workers: int
+    errors: Policy = "raise"
+    retries: int = 2
+    lease: float = 2.0
+    linger: float = 5.0
+    slice: float = 10.0
+    alone_after: float | None = 5.0
+    stragglers: float | None = None
+
+
+@dataclass
+class PoolStats:
+    """How the work of a pool goes; see `ActorPool.stats`."""
+
+    #: Batches (groups of small ones count as one) that workers have prepared, and that were taken.
+    prepared: int = 0
+    given: int = 0
+    #: The bytes of those that were prepared.
+    bytes: int = 0
+    #: Leases given out again: after a worker that had gone or stalled, an error that is retried, a straggler.
+    retries: int = 0
+    #: Copies that came after the first and were dropped.
+    dropped: int = 0
+    #: Batches left out (policy skip), and prepared by the trainer itself for want of workers.
+    skipped: int = 0
+    here: int = 0
+    #: Seconds for which the trainer has waited for batches, and workers that were there for work (added up).
+    trainer_waited: float = 0.0
+    workers_waited: float = 0.0
+    #: Seconds that workers have spent on preparing (added up).
+    preparing: float = 0.0
+    #: As it is now: workers that are there, leases given out or waiting, batches ready to be taken.
+    workers: int = 0
+    outstanding: int = 0
+    ready: int = 0
+    #: How the batches travel.
+    transport: str = ""
+
+
+class Lease:
+    """A piece of work that has been given out."""
+
+    __slots__ = (
+        "deaths",
+        "done",
+        "error",
+        "failures",
+        "filled",
+        "here",
+        "holders",
+        "number",
+        "ready",
+        "request",
+        "value",
+        "waiting",
+        "work",
+    )
+
+    def __init__(self, number: int, work: Work, request: bytes) -> None:
+        self.number, self.work, self.request = number, work, request
+        self.done = False
+        self.here = False
+        self.error: BaseException | None = None
+        self.value: Any = None
+        #: Slot, place and length of the batch, once it is there.
+        self.filled: tuple[int, int, int] | None = None
+        #: The slot with each worker (by its serial number) that has the lease.
+        self.holders: dict[int, int] = {}
+        self.deaths = self.failures = 0
+        #: Whether it is among those that wait for a worker with room.
+        self.waiting = False
+        self.ready = threading.Lock()
+        self.ready.acquire()
+
+
+@dataclass(eq=False)
+class Place:
+    """What the desk knows of a worker that has come."""
+
+    peer: HostPeer
+    heard: float
+    #: Whether it has said who it is.
+    known: bool = False
+    stalled: bool = False
+    leaving: bool = False
+    #: The leases that it has not answered, in order: the slot of each, and when it was sent.
+    held: dict[int, tuple[int, float]] = field(default_factory=dict)
+    #: The sources that it has been told of, and that it cannot prepare batches of.
+    sources: set[int] = field(default_factory=set)
+    refuses: set[int] = field(default_factory=set)
+    idle_since: float = 0.0
+
+
+class Source:
+    """A source, or a shared constant, as workers are told of it; the segment holds what they need to make it."""
+
+    def __init__(self, number: int, value: Any, described: dict[str, Any], how: int) -> None:
+        #: The source itself, for what is prepared here.
+        self.number, self.value, self.how = number, value, how
+        self.segment = Segment.create()
+        self.place, self.length = SlotWriter(self.segment).write(described)
+
+    def holds(self, described: dict[str, Any], how: int) -> bool:
+        """Whether it was made of the same."""
+        if how != self.how:
+            return False
+        own = read_description(self.segment.as_bytes(), self.place, self.length)(self.segment.as_bytes(), None)
+        return same_content({**own, "signature": None}, {**described, "signature": None})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return serving.constant, (self.number,)
+
+
+def same_content(a: Any, b: Any) -> bool:
+    """Whether two descriptions of sources are equal."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return len(a) == len(b) and same_bytes(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_content(value, b[name]) for name, value in a.items())
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_content, a, b))
+    return bool(a == b)
+
+
+def as_bytes(content: Any) -> np.ndarray:
+    """Bytes, or the raw buffer of an array, as what can travel in a batch."""
+    return np.frombuffer(content, np.uint8) if memoryview(content).nbytes else np.empty(0, np.uint8)
+
+
+class Desk:
+    """Where leases are given out and workers come. Used by a crew, and by two threads of its own, which must not keep
+    the crew alive."""
+
+    def __init__(self, terms: Terms, keys: tuple[str, ...]) -> None:
+        self.terms, self.keys = terms, keys
+        self.run = uuid.uuid4().hex[:12]
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.stats = PoolStats()
+        self.closed = False
+        self.listener = HostListener()
+        #: Called when workers may be needed.
+        self.call_staff: Callable[[], None] = lambda: None
+        #: The jobs of workers that have gone without a word: they are not to be started again.
+        self.lost_jobs: deque[str] = deque()
+        #: The jobs whose workers have come.
+        self.come_jobs: deque[str] = deque()
+        self.forgotten: deque[int] = deque()  # sources; filled where no lock can be taken
+        self.abandoned: deque[Lease] = deque()  # the same
+        self.places: dict[int, Place] = {}  # by descriptor
+        self._by_serial: dict[int, Place] = {}
+        self.leases: dict[int, Lease] = {}
+        self._waiting: list[tuple[int, Lease]] = []
+        self._numbers = itertools.count(1)
+        self._serials = itertools.count(1)
+        self.arena = SlotArena(lambda number, segment: None)
+        #: When a worker was sent away again.
+        self.declined_at = float("-inf")
+        #: Since when there is nobody to give work to.
+        self.alone_since = time.monotonic()
+        self._seconds: deque[float] = deque(maxlen=64)  # that the last batches took
+        self._ahead = FEWEST_AHEAD
+        self._refused: dict[int, tuple[float, str]] = {}  # sources: since when, and why
+        self._looked = time.monotonic()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._poll = select.poll()
+        self._poll.register(self.listener.socket, select.POLLIN)
+        self._poll.register(self._wake_read, select.POLLIN)
+        _desks.add(self)
+        self._thread = threading.Thread(target=self._keep, name="mlqueue-batch-desk", daemon=True)
+        self._thread.start()
+
+    # --- giving out ---
+
+    def give_out(self, work: Work, request: bytes) -> Lease:
+        """A lease for a piece of work."""
+        with self.lock:
+            lease = Lease(next(self._numbers), work, request)
+            self.leases[lease.number] = lease
+            self._sweep()
+            self._wait(lease)
+            self._dispatch()
+            if not self.places or self._waiting:
+                self.call_staff()
+        return lease
+
+    def _wait(self, lease: Lease) -> None:
+        if not lease.waiting:
+            lease.waiting = True
+            heapq.heappush(self._waiting, (lease.number, lease))
+
+    def _dispatch(self) -> None:
+        """Send what waits to those who have room for it."""
+        while self._waiting:
+            lease = self._waiting[0][1]
+            if not lease.done and not lease.here:
+                place = self._place_for(lease)
+                if place is None:
+                    return
+                self._send(lease, place)
+            heapq.heappop(self._waiting)
+            lease.waiting = False
+
+    def _place_for(self, lease: Lease) -> Place | None:
+        source = lease.work.source.number if isinstance(lease.work, BatchCall) else 0
+        fewest, found = self._ahead, None
+        for place in self.places.values():
+            if (
+                len(place.held) < fewest
+                and place.known
+                and not place.stalled
+                and not place.leaving
+                and source not in place.refuses
+                and place.peer.serial not in lease.holders
+            ):
+                fewest, found = len(place.held), place
+        return found
+
+    def _send(self, lease: Lease, place: Place) -> None:
+        number, segment = self.arena.take()
+        for source in sources_of(lease.work):
+            if source.number not in place.sources:
+                place.sources.add(source.number)
+                place.peer.source(source.number, source.segment, source.place, source.length, source.how)
+        now = time.monotonic()
+        if not place.held:
+            self.stats.workers_waited += now - place.idle_since
+        lease.holders[place.peer.serial] = number
+        place.held[lease.number] = number, now
+        place.peer.lease(lease.number, number, segment, lease.request)
+
+    # --- what workers tell; in the desk's own thread ---
+
+    def _keep(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            with self.lock:
+                self.closed = True
+                for lease in list(self.leases.values()):
+                    lease.error = error
+                    self.finish(lease)
+            raise
+
+    def _run(self) -> None:
+        while True:
+            ready = self._poll.poll(self.terms.lease * 250)
+            with self.lock:
+                if self.closed:
+                    return
+                for fd, _ in ready:
+                    if fd == self._wake_read:
+                        os.read(self._wake_read, 4096)
+                    elif fd == self.listener.socket.fileno():
+                        self._accept()
+                    elif fd in self.places:
+                        self._read(self.places[fd])
+                now = time.monotonic()
+                if now - self._looked > self.terms.lease / 4:
+                    self._look(now)
+                self._sweep()
+                self._dispatch()
+
+    def wake(self) -> None:
+        """Have the desk's thread look. Takes no lock."""
+        try:
+            os.write(self._wake_write, b"\0")
+        except OSError:
+            pass  # it is awake, or has ended
+
+    def _accept(self) -> None:
+        while (peer := self.listener.accept(next(self._serials))) is not None:
+            place = Place(peer, time.monotonic())
+            self.places[peer.socket.fileno()] = place
+            self._poll.register(peer.socket, select.POLLIN)
+
+    def _read(self, place: Place) -> None:
+        try:
+            if not place.known:
+                if not place.peer.read_hello(self.listener.token):
+                    return
+                self._welcome(place)
+            reports = place.peer.read()
+        except PermissionError as error:
+            logger.warning("%s", error)
+            self._drop(place)
+            return
+        except (OSError, EOFError):
+            self._drop(place)
+            return
+        place.heard = time.monotonic()
+        if place.stalled:
+            place.stalled = False
+            self._note_alone()
+        for report in reports:
+            self._take(place, report)
+
+    def _welcome(self, place: Place) -> None:
+        place.known = True
+        place.heard = place.idle_since = time.monotonic()
+        self._by_serial[place.peer.serial] = place
+        self.come_jobs.append(place.peer.job)
+        others = [other for other in self.places.values() if other.known and other is not place and not other.leaving]
+        if len(others) >= self.terms.workers or any(other.peer.process == place.peer.process for other in others):
+            # A process prepares one batch at a time: others of its threads would only share its global lock.
+            place.leaving = True
+            place.peer.tell(links.END)
+            self.declined_at = place.heard
+        self._note_alone()
+        self.call_staff()
+
+    def _take(self, place: Place, report: Report) -> None:
+        if report.kind == links.BEAT:
+            return
+        if report.kind == links.LEAVE:
+            place.leaving = True
+            place.peer.tell(links.END)
+            self._note_alone()
+            self.call_staff()
+            return
+        place.held.pop(report.lease, None)
+        if not place.held:
+            place.idle_since = time.monotonic()
+        lease = self.leases.get(report.lease)
+        if lease is None or lease.done or lease.here:
+            self.arena.release(report.slot)
+            self.stats.dropped += report.kind == links.DONE
+            return
+        lease.holders.pop(place.peer.serial, None)
+        if report.kind == links.DONE:
+            self._fill(lease, report)
+        elif report.kind == links.SKIPPED:
+            # It was another lease that `abandon`, which takes no lock, has called off in this slot.
+            self.arena.release(report.slot)
+            if not lease.holders:
+                self._wait(lease)
+        else:
+            described = self.arena.read(report.slot, report.place, report.length, "copy")
+            if report.kind == links.REFUSED:
+                self._refuse(place, lease, described["text"])
+            else:
+                self._fail(lease, described)
+
+    def _fill(self, lease: Lease, report: Report) -> None:
+        seconds = report.nanoseconds / 1e9
+        self._seconds.append(seconds)
+        self.stats.prepared += 1
+        self.stats.bytes += report.place
+        self.stats.preparing += seconds
+        if self.stats.prepared % 8 == 1:
+            typical = statistics.median(self._seconds)
+            self._ahead = min(MOST_AHEAD, max(FEWEST_AHEAD, 1 + int(AHEAD / max(typical, 1e-6))))
+        lease.filled = report.slot, report.place, report.length
+        self.finish(lease)
+
+    def finish(self, lease: Lease) -> None:
+        """Nobody need prepare it any more."""
+        self.leases.pop(lease.number, None)
+        self.call_off(lease)
+        lease.done = True
+        if lease.ready.locked():
+            lease.ready.release()
+
+    def call_off(self, lease: Lease) -> None:
+        for slot in list(lease.holders.values()):  # another thread may be changing it
+            if slot in self.arena.slots:
+                self.arena.slots[slot].set_word(worker.EXPECTED, 0)
+
+    def _fail(self, lease: Lease, described: dict[str, Any]) -> None:
+        """An exception was raised in preparing it."""
+        lease.failures += 1
+        if self.terms.errors == "retry" and lease.failures <= self.terms.retries:
+            self._again(lease)
+            return
+        self.give_up(lease, rebuild_error(described, lease.work, self.keys))
+
+    def give_up(self, lease: Lease, error: BaseException) -> None:
+        if self.terms.errors == "skip" and isinstance(lease.work, BatchCall):
+            self.stats.skipped += 1
+            logger.warning("%s is left out: %s: %s", lease.work, type(error).__name__, error)
+            skipped = BatchSkipped(str(lease.work))
+            skipped.__cause__ = error
+            error = skipped
+        lease.error = error
+        self.finish(lease)
+
+    def _again(self, lease: Lease) -> None:
+        self.stats.retries += 1
+        self._wait(lease)
+
+    def _refuse(self, place: Place, lease: Lease, text: str) -> None:
+        """The worker cannot make the source, or another version of it; another worker may."""
+        if isinstance(lease.work, BatchCall):
+            number = lease.work.source.number
+            place.refuses.add(number)
+            if number not in self._refused:
+                self._refused[number] = time.monotonic(), text
+                logger.warning("a worker (process %d) prepares nothing of a source: %s", place.peer.pid, text)
+            self._wait(lease)
+        else:
+            self.give_up(lease, SourceMismatch(text))
+
+    def _drop(self, place: Place) -> None:
+        """The worker has gone, or is cut off."""
+        fd = place.peer.socket.fileno()
+        self._poll.unregister(fd)
+        del self.places[fd]
+        place.peer.close()
+        self._by_serial.pop(place.peer.serial, None)
+        if place.known and not place.leaving:
+            self.lost_jobs.append(place.peer.job)
+        for number, (slot, _) in place.held.items():
+            begun = place.peer.has_begun(self.arena.slots[slot])
+            self._discard(slot, begun)
+            lease = self.leases.get(number)
+            if lease is not None:
+                self._lose(lease, place, begun)
+        self._note_alone()
+        self.call_staff()
+
+    def _lose(self, lease: Lease, place: Place, begun: bool) -> None:
+        """A worker that had a lease has gone."""
+        lease.holders.pop(place.peer.serial, None)
+        if begun and not place.leaving:
+            lease.deaths += 1
+        most = max(MOST_DEATHS, self.terms.retries + 1) if self.terms.errors == "retry" else MOST_DEATHS
+        if lease.deaths >= most:
+            self.give_up(lease, WorkerDied(f"{lease.work} ended the worker that prepared it {lease.deaths} times."))
+        elif not lease.holders:
+            self._again(lease)
+
+    def _discard(self, slot: int, begun: bool) -> None:
+        """A slot comes back from a worker that has gone; one that it may still write to is not used again."""
+        if not begun:
+            self.arena.release(slot)
+            return
+        self.arena.discard(slot)
+        for place in self.places.values():
+            place.peer.tell(links.SLOT_GONE, slot)
+
+    # --- what time brings ---
+
+    def _look(self, now: float) -> None:
+        # Where this process itself was stopped, nobody else is to blame: what they told since comes first.
+        slept = now - self._looked > 2 * self.terms.lease
+        self._looked = now
+        for place in list(self.places.values()):
+            if slept:
+                place.heard = now
+            silent = now - place.heard
+            if (not place.known and silent > HELLO_WITHIN) or silent > CUT_OFF_AFTER * self.terms.lease:
+                self._drop(place)
+            elif place.known and not place.stalled and silent > self.terms.lease:
+                self._stall(place)
+        if self.terms.stragglers is not None and self._seconds:
+            self._help_stragglers(now, self.terms.stragglers * statistics.median(self._seconds))
+        self._fail_refused(now)
+
+    def _stall(self, place: Place) -> None:
+        logger.warning("a worker (process %d) is silent; its batches are given to others too", place.peer.pid)
+        place.stalled = True
+        for number in place.held:
+            lease = self.leases.get(number)
+            if lease is not None and not any(
+                serial != place.peer.serial and not self._by_serial[serial].stalled
+                for serial in lease.holders
+                if serial in self._by_serial
+            ):
+                self._again(lease)
+        self._note_alone()
+        self.call_staff()
+
+    def _help_stragglers(self, now: float, limit: float) -> None:
+        """Give what a slow worker holds, and what waits behind that, to those who have nothing to do too."""
+        idle = sum(other.known and not other.held and not other.leaving for other in self.places.values())
+        for place in self.places.values():
+            if not idle or not place.held or now - next(iter(place.held.values()))[1] < limit:
+                continue
+            for number in place.held:
+                lease = self.leases.get(number)
+                if lease is not None and len(lease.holders) == 1:
+                    self._again(lease)
+
+    def _fail_refused(self, now: float) -> None:
+        if not self._refused:
+            return
+        for lease in [lease for _, lease in self._waiting]:
+            if lease.done or not isinstance(lease.work, BatchCall) or lease.work.source.number not in self._refused:
+                continue
+            number = lease.work.source.number
+            since, text = self._refused[number]
+            if now - since > REFUSED_FOR and not any(
+                number not in place.refuses for place in self.places.values() if place.known and not place.leaving
+            ):
+                self.give_up(lease, SourceMismatch(text))
+
+    def _note_alone(self) -> None:
+        if any(place.known and not place.stalled and not place.leaving for place in self.places.values()):
+            self.alone_since = float("inf")
+        elif self.alone_since == float("inf"):
+            self.alone_since = time.monotonic()
+
+    def _sweep(self) -> None:
+        """What could not be done where it became known, for want of the lock."""
+        while self.abandoned:
+            lease = self.abandoned.popleft()
+            self.finish(lease)
+            if lease.filled is not None:
+                self.arena.release(lease.filled[0])
+                lease.filled = None
+        while self.forgotten:
+            number = self.forgotten.popleft()
+            self._refused.pop(number, None)
+            for place in self.places.values():
+                place.refuses.discard(number)
+                if number in place.sources:
+                    place.sources.discard(number)
+                    place.peer.tell(links.SOURCE_GONE, number)
+
+    # --- for the staff ---
+
+    def missing(self) -> int:
+        """How many more workers would have something to do."""
+        with self.lock:
+            if not self.leases:
+                return 0
+            there = sum(place.known and not place.leaving and not place.stalled for place in self.places.values())
+            return max(0, min(self.terms.workers, max(len(self.leases), 1)) - there)
+
+    def snapshot(self) -> PoolStats:
+        """The numbers, with those of now."""
+        with self.lock:
+            now = time.monotonic()
+            known = [place for place in self.places.values() if place.known and not place.leaving]
+            idle = sum(now - place.idle_since for place in known if not place.held)
+            values = {**vars(self.stats), "workers": len(known), "outstanding": len(self.leases)}
+            values["workers_waited"] = self.stats.workers_waited + idle
+            values["ready"] = self.arena.busy - sum(len(place.held) for place in self.places.values())
+            values["transport"] = "shared memory" if known else ""
+            return PoolStats(**values)
+
+    def close(self) -> None:
+        """Let all workers go; all that was given out and not taken raises."""
+        with self.lock:
+            if self.closed or os.getpid() != self.pid:
+                return
+            self.closed = True
+            for place in list(self.places.values()):
+                place.leaving = True
+                place.peer.close()
+            self.places.clear()
+            for lease in list(self.leases.values()):
+                lease.error = closed_error()
+                self.finish(lease)
+            self._waiting.clear()
+            self.listener.close()
+            self.arena.close()
+        self.call_staff()
+        self.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        os.close(self._wake_write)
+        os.close(self._wake_read)
+
+
+_desks: weakref.WeakSet[Desk] = weakref.WeakSet()
+
+
+def _let_go_in_fork() -> None:
+    """A forked process, as a data loader's worker, must not hold connections open: when the trainer is killed, their
+    end is what its workers see."""
+    for desk in _desks:
+        if not desk.closed:
+            desk.listener.socket.close()
+            for place in desk.places.values():
+                place.peer.socket.close()
+
+
+os.register_at_fork(after_in_child=_let_go_in_fork)
+
+
+def sources_of(work: Work) -> list[Source]:
+    """The sources and shared constants that a piece of work names."""
+    if isinstance(work, BatchCall):
+        return [work.source]
+    return [value for value in (*work.args, *work.kwargs.values()) if isinstance(value, Source)]
+
+
+class ActorCrew(Crew):
+    """The workers that serve a queue of batches."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        keys: tuple[str, ...],
+        sources: dict[str, NamedSource[..., Any]],
+        open_staff: Callable[[Desk], Callable[[], None]],
+    ) -> None:
+        super().__init__(terms.workers)
+        self._terms, self._keys, self._named, self._open_staff = terms, keys, sources, open_staff
+        self._desk: Desk | None = None
+        self._closed = False
+        self._numbers = itertools.count(1)
+        self._opening = threading.Lock()
+
+    @property
+    def desk(self) -> Desk:
+        """The desk, opened with the first use of the pool."""
+        if self._closed:
+            raise closed_error()
+        if self._desk is None:
+            with self._opening:
+                if self._desk is None:
+                    desk = Desk(self._terms, self._keys)
+                    self._stop = weakref.finalize(self, _close, desk, self._open_staff(desk))
+                    self._desk = desk
+        if os.getpid() != self._desk.pid:
+            raise RuntimeError("a pool of actors belongs to the process that made it; make one after the fork.")
+        return self._desk
+
+    def stats(self) -> PoolStats:
+        """How the work goes."""
+        return PoolStats() if self._desk is None else self._desk.snapshot()
+
+    def share(self, value: Any, earlier: Any = None) -> Source:
+        desk = self.desk
+        reference = getattr(value, "reference", None)
+        if isinstance(reference, Reference) and reference.name in self._named:
+            described: dict[str, Any] = {
+                "name": reference.name,
+                "kwargs": as_bytes(reference.kwargs),
+                "version": self._named[reference.name].version(reference.kwargs),
+            }
+            how = serving.NAMED
+        else:
+            keyring = Keyring(self._keys, PURPOSE)
+            body, buffers = pickle_code(value, refer=self._refer)
+            described = {"body": as_bytes(body), "buffers": [as_bytes(buffer) for buffer in buffers], "signature": None}
+            how = serving.PICKLED
+        if isinstance(earlier, Source) and earlier.holds(described, how):
+            earlier.value = value
+            return earlier
+        if how == serving.PICKLED:
+            signature = keyring.sign(b"source", described["body"].data, *[part.data for part in described["buffers"]])
+            described["signature"] = as_bytes(signature)
+        source = Source(next(self._numbers), value, described, how)
+        weakref.finalize(source, desk.forgotten.append, source.number).atexit = False
+        return source
+
+    def _refer(self, part: Any) -> Any:
+        """How a source that has a name is pickled among the parts of another."""
+        reference = getattr(part, "reference", None)
+        if not isinstance(reference, Reference) or reference.name not in self._named:
+            return NotImplemented
+        return serving.by_reference, (*reference, self._named[reference.name].version(reference.kwargs))
+
+    def submit(self, work: Work) -> Lease:
+        return self.desk.give_out(work, encode_request(work, self._keys))
+
+    def result(self, lease: Lease, how: How = "lend") -> Any:
+        if not lease.done:
+            self._wait(lease)
+        desk = self.desk
+        with desk.lock:
+            if lease.error is not None:
+                raise lease.error
+            desk.stats.given += 1
+            if lease.filled is None:
+                value, lease.value = lease.value, None
+                return value
+            slot, place, length = lease.filled
+            if isinstance(lease.work, Call):
+                how = "copy"
+            if how != "view":
+                lease.filled = None  # the arena takes care of the slot
+            value = desk.arena.read(slot, place, length, how)
+        return self._value_of(value) if isinstance(lease.work, Call) else value
+
+    def _value_of(self, described: dict[str, Any]) -> Any:
+        return described["value"] if "value" in described else load_signed(b"value", described, self._keys)
+
+    def _wait(self, lease: Lease) -> None:
+        desk, begun = self.desk, time.monotonic()
+        patience = self._terms.alone_after
+        while not lease.ready.acquire(timeout=0.2):  # short: whoever is waited for in a job may be cancelled
+            alone = time.monotonic() - max(desk.alone_since, begun)
+            if patience is not None and alone > patience and not lease.done:
+                self._prepare_here(lease)
+                break
+        desk.stats.trainer_waited += time.monotonic() - begun
+
+    def _prepare_here(self, lease: Lease) -> None:
+        """There are no workers: the trainer does it itself, so that it goes on."""
+        desk = self.desk
+        with desk.lock:
+            if lease.done:
+                return
+            lease.here = True
+            if not desk.stats.here:
+                logger.warning(
+                    "no worker prepares batches, so this process does. Start one: mlqueue worker MODULE, with the "
+                    "module that makes the pool, or registers the source."
+                )
+            desk.stats.here += 1
+        try:
+            lease.value = self._run_here(lease.work)
+        except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
+            error.add_note(f"Raised in this process by {lease.work}.")
+            with desk.lock:
+                desk.give_up(lease, error)
+        with desk.lock:
+            desk.finish(lease)
+
+    def _run_here(self, work: Work) -> Any:
+        if isinstance(work, Call):
+            args = [value.value if isinstance(value, Source) else value for value in work.args]
+            kwargs = {name: value.value if isinstance(value, Source) else value for name, value in work.kwargs.items()}
+            return work.function(*args, **kwargs)
+        source = work.source.value
+        state = np.random.get_state(), random.getstate()
+        try:
+            if not worker.is_pure(source):
+                worker.seed_global(worker.seeded_key(work.index_batch) or work.key)
+            return worker.gather(source, work.index_batch, np.empty)
+        finally:
+            np.random.set_state(state[0])
+            random.setstate(state[1])
+
+    def release(self, lease: Lease) -> None:
+        desk = self._desk
+        if desk is None:
+            return
+        with desk.lock:
+            if lease.filled is not None:
+                desk.arena.release(lease.filled[0])
+                lease.filled = None
+
+    def abandon(self, leases: Iterable[Lease]) -> None:
+        desk = self._desk
+        if desk is not None:
+            for lease in leases:
+                desk.call_off(lease)
+                desk.abandoned.append(lease)
+            desk.wake()
+
+    def close(self) -> None:
+        self._closed = True
+        if self._desk is not None:
+            self._stop()
+
+
+def _close(desk: Desk, end_staff: Callable[[], None]) -> None:
+    desk.close()
+    if os.getpid() == desk.pid:
+        end_staff()

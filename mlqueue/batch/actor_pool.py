@@ -1,0 +1,237 @@
+"""The third pool: batches prepared by workers of the queue, as jobs of a Dramatiq actor.
+
+::
+
+    mlq = mlqueue.MLQ("vision")
+
+    @mlq.data_source("train")
+    def train_source(size: int = 224):
+        return image_folder("/data/train", size=(size, size)).map(augment)
+
+    with ActorPool(mlq) as pool:
+        ds = pool.parallel_data_source(train_source(size=224))
+        for x, y in ds.batch_iterator(64, shuffle=12345):
+            ...
+
+The workers are any ``mlqueue worker MODULE`` of this host whose module registers the source. The batches are those of
+the source itself, in its order, whoever prepared them and whatever happened to who did.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final, get_args
+
+from mlqueue import codec
+from mlqueue.app import MLQ
+from mlqueue.batch.actor_crew import ActorCrew, Desk, Policy, PoolStats, Terms
+from mlqueue.batch.work_pool import AbstractWorkerPool, at_least_one
+from mlqueue.errors import InvalidJob, JobNotFound, StoreError
+from mlqueue.job import seconds
+from mlqueue.named import BATCHES, actor_name_of, serving_actor
+
+__all__ = ["ActorPool", "PoolStats"]
+
+logger = logging.getLogger("mlqueue.batches")
+
+#: How often the store is told how a pool fares, in seconds.
+PUBLISH_EVERY: Final = 2.0
+#: How often it is looked whether the jobs that no worker has come for are still there, in seconds.
+LOOK_EVERY: Final = 1.0
+#: How long the next worker is waited for before another is asked for, in seconds. One by one they are taken by
+#: different processes, since the one that has waited longest is woken first.
+ONE_BY_ONE: Final = 0.05
+#: How long after a worker was sent away another is asked for, in seconds.
+AFTER_DECLINE: Final = 1.0
+#: How long to wait after an error of the store, in seconds.
+AFTER_ERROR: Final = 0.5
+
+
+class ActorPool(AbstractWorkerPool):
+    """A pool of the workers that serve a queue.
+
+    Parameters:
+      mlq: The app whose workers prepare batches.
+      queue_name: The queue of their jobs.
+      workers: How many worker processes at most prepare batches at a time; the number of processors when None.
+      errors: What becomes of a batch that cannot be prepared, because an exception is raised, or because two workers
+        have died of it: ``"raise"`` it where the batch would be given, ``"skip"`` the batch, or ``"retry"`` it, then
+        raise.
+      retries: How often, for ``"retry"``; so many workers may die of it besides the first.
+      lease: For how long a worker may be silent, in seconds, until its batches are prepared by others too.
+      stragglers: A batch that takes so many times the median is given to a second worker as well; None for never.
+      linger: How long a worker without work stays, in seconds, until it does other jobs.
+      slice: How long one stays that has work: then other jobs of its queues, if any wait, have their turn.
+      alone_after: How long the trainer waits for the first worker, in seconds, until it prepares the batches itself;
+        None for ever.
+
+    It connects to nothing before its first use. Made in a module that workers import, it also has them serve the queue,
+    as `MLQ.data_source` does.
+    """
+
+    def __init__(
+        self,
+        mlq: MLQ,
+        queue_name: str = BATCHES,
+        *,
+        workers: int | None = None,
+        errors: Policy = "raise",
+        retries: int = 2,
+        lease: float | timedelta = 2.0,
+        stragglers: float | None = None,
+        linger: float | timedelta = 5.0,
+        slice: float | timedelta = 10.0,  # noqa: A002 - of time, of which a worker has one at a trainer's
+        alone_after: float | timedelta | None = 5.0,
+    ) -> None:
+        if errors not in get_args(Policy):
+            raise ValueError(f"errors must be 'raise', 'skip' or 'retry', got {errors!r}.")
+        if stragglers is not None and not stragglers > 1:
+            raise ValueError(f"stragglers must be a number above 1 (times the median), or None; got {stragglers!r}.")
+        terms = Terms(
+            workers=processors() if workers is None else at_least_one(workers, "workers"),
+            errors=errors,
+            retries=retries,
+            lease=_above_zero(lease, "lease"),
+            linger=_above_zero(linger, "linger"),
+            slice=_above_zero(slice, "slice"),
+            alone_after=seconds(alone_after, "alone_after"),
+            stragglers=stragglers,
+        )
+        self.mlq, self.queue_name = mlq, queue_name
+        if mlq.broker.worker is None:  # a worker that runs takes no further queue for a trainer that is its job
+            serving_actor(mlq, queue_name)
+        open_staff = partial(_open_staff, mlq, queue_name)
+        super().__init__(ActorCrew(terms, mlq.settings.signing_keys, mlq.sources, open_staff))
+
+    def stats(self) -> PoolStats:
+        """How the work goes: what was prepared and given, who waited for whom, how many workers are there."""
+        crew: Any = self._crew
+        stats: PoolStats = crew.stats()
+        return stats
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _above_zero(value: float | timedelta, name: str) -> float:
+    given = seconds(value, name)
+    if not given:
+        raise InvalidJob(f"{name}={value!r}: it must be more than 0 seconds.")
+    return given
+
+
+def _open_staff(mlq: MLQ, queue_name: str, desk: Desk) -> Callable[[], None]:
+    return Staff(mlq, queue_name, desk).close
+
+
+class Staff:
+    """The thread that has workers come to a desk, and tells the store how it fares."""
+
+    def __init__(self, mlq: MLQ, queue_name: str, desk: Desk) -> None:
+        self._mlq, self._queue, self._desk = mlq, queue_name, desk
+        self._actor = actor_name_of(queue_name)
+        self._called = threading.Event()
+        self._pending: dict[str, float] = {}  # jobs that no worker has come for: since when
+        self._looked = self._published = 0.0
+        self._begun = time.time()
+        desk.call_staff = self._called.set
+        self._thread = threading.Thread(target=self._run, name="mlqueue-batch-staff", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._desk.closed:
+            self._called.wait(pause or PUBLISH_EVERY)
+            self._called.clear()
+            try:
+                pause = self._do()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next try may succeed
+                logger.warning("workers for batches cannot be asked for: %s: %s", type(error).__name__, error)
+                pause = AFTER_ERROR
+                time.sleep(pause)
+        try:
+            self._forget()
+        except StoreError as error:
+            logger.debug("what a pool has left in the store goes by itself: %s", error)
+
+    def _do(self) -> float:
+        """What there is to do; in how many seconds to look again (0: when called)."""
+        desk, now = self._desk, time.monotonic()
+        while desk.come_jobs:
+            self._pending.pop(desk.come_jobs.popleft(), None)
+        while desk.lost_jobs:
+            self._cancel(desk.lost_jobs[0])
+            desk.lost_jobs.popleft()
+        if self._pending and now - self._looked > LOOK_EVERY:
+            self._looked = now
+            found = self._mlq.store.records(list(self._pending))
+            gone = [
+                job for job, record in zip(self._pending, found, strict=True) if record is None or record.state.ended
+            ]
+            for job in gone:
+                del self._pending[job]
+            if gone:
+                desk.declined_at = now  # it went to a worker that cannot come here
+        if now - self._published > PUBLISH_EVERY:
+            self._published = now
+            self._publish()
+        wanted = desk.missing()
+        if not wanted and self._pending:
+            self._call_off(now)
+        if wanted <= len(self._pending):
+            return LOOK_EVERY if self._pending else 0.0
+        wait = desk.declined_at + AFTER_DECLINE - now
+        newest = max(self._pending.values(), default=0.0)
+        if wait <= 0 and now - newest < ONE_BY_ONE:
+            wait = newest + ONE_BY_ONE - now
+        if wait > 0:
+            return wait
+        self._ask()
+        return ONE_BY_ONE
+
+    def _call_off(self, now: float) -> None:
+        """Nobody need come any more: jobs that have waited for a while are taken back."""
+        late = [job for job, since in self._pending.items() if now - since > LOOK_EVERY]
+        for job in late:
+            self._cancel(job)
+            del self._pending[job]
+        self._mlq.store.remove(late)
+
+    def _ask(self) -> None:
+        terms = self._desk.terms
+        given = {"lease": terms.lease, "linger": terms.linger, "slice": terms.slice}
+        job = self._mlq.submit(self._actor, self._desk.listener.address, given, queue_name=self._queue, result_ttl=0)
+        self._pending[job.id] = time.monotonic()
+
+    def _cancel(self, job_id: str) -> None:
+        try:
+            self._mlq.store.cancel(job_id)
+        except JobNotFound:
+            pass  # it has ended
+
+    def _publish(self) -> None:
+        stats = self._desk.snapshot()
+        more = {"queue": self._queue, "begun": self._begun, "pid": os.getpid(), "host": os.uname().nodename}
+        self._mlq.store.publish_pool(self._desk.run, codec.encode({**vars(stats), **more}))
+
+    def _forget(self) -> None:
+        """Nothing of the pool stays in the store: jobs that have begun end by themselves."""
+        store = self._mlq.store
+        store.withdraw_pool(self._desk.run)
+        for job in [*self._pending, *self._desk.lost_jobs]:
+            self._cancel(job)
+        store.remove(list(self._pending))
+
+    def close(self) -> None:
+        """Wait until the store has forgotten the pool, or cannot be reached."""
+        self._called.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(10)

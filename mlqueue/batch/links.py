@@ -1,0 +1,345 @@
+"""How batches travel between a trainer and the actors that prepare them.
+
+A trainer listens (:class:`HostListener`) and has a :class:`Peer` for each worker that has come; a worker has a
+:class:`Link`, made by :func:`connect` from the address that its job carries. Both speak of leases and slots only: who
+prepares a batch is given a place to write it (``link.place``), and says that it is there (``link.deliver``). How the
+bytes get from that place into the trainer's slot is the business of the pair of classes.
+
+There is one pair, for workers on the trainer's host (:class:`HostPeer`, :class:`HostLink`): the place *is* the slot, a
+segment of shared memory whose descriptor is passed over a unix socket, and nothing has to be moved. A pair for other
+hosts adds an entry to the address, receives the bytes behind the record of a delivery into the slot, and calls the rest
+by the same names.
+
+The socket has no name in any file system (where the system is Linux) and the segments have none at all, so nothing is
+left of either, however trainer and workers end. Both sides look who the other is: the same user (SO_PEERCRED), and the
+worker has the token that its job carries.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import select
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import uuid
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlqueue.batch.pool_worker import CLAIMED, EXPECTED
+from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotWriter, receive_record, send_record
+
+__all__ = ["HostLink", "HostListener", "HostPeer", "Link", "Order", "Peer", "Report", "connect"]
+
+logger = logging.getLogger("mlqueue.batches")
+
+#: What a worker says first: token, its process, process id, the id of its job (UTF-8, padded with zeros).
+HELLO = struct.Struct("<32s16sQ128s")
+#: Every other record: kind, and five numbers.
+RECORD = struct.Struct("<B7xQQQQQ")
+
+# To a worker: welcome (its number), a slot (number; descriptor), a source (number, place, length, kind; descriptor),
+# the end of either, a lease (number, slot, length of the request), and that no more leases come.
+WELCOME, SLOT, SLOT_GONE, SOURCE, SOURCE_GONE, LEASE, END = range(1, 8)
+# To a trainer: a batch is there, or failed, or was not begun, or will not be prepared here (lease, slot, place, length,
+# nanoseconds); the worker lives; it wants to leave.
+DONE, FAILED, SKIPPED, REFUSED, BEAT, LEAVE = range(11, 17)
+
+#: This process, among all that there are or were. A fork is told from its parent by the process id.
+PROCESS = uuid.uuid4().bytes
+
+
+class Report(NamedTuple):
+    """What a worker has told."""
+
+    kind: int
+    lease: int
+    slot: int
+    place: int
+    length: int
+    nanoseconds: int
+
+
+class Order(NamedTuple):
+    """What a trainer has told."""
+
+    kind: int
+    #: Of the lease or source.
+    number: int = 0
+    slot: int = 0
+    place: int = 0
+    length: int = 0
+    #: How a source travels.
+    how: int = 0
+    fd: int | None = None
+
+
+# --- the trainer's side ---
+
+
+class Peer(ABC):
+    """A worker that has come to a trainer. Its methods are called with the crew's lock held; `read` raises OSError or
+    EOFError when the worker has gone, the others leave that to `read`."""
+
+    def __init__(self, serial: int, connection: socket.socket) -> None:
+        self.serial = serial
+        self.socket = connection
+        #: Process id, process and job, once it has said who it is.
+        self.pid = 0
+        self.process = b""
+        self.job = ""
+        self._buffer = b""
+
+    @abstractmethod
+    def read(self) -> list[Report]:
+        """What it has told since. Does not wait."""
+
+    @abstractmethod
+    def lease(self, number: int, slot: int, segment: Segment, request: bytes) -> None:
+        """Have it prepare what the request says, in this slot."""
+
+    @abstractmethod
+    def source(self, number: int, segment: Segment, place: int, length: int, how: int) -> None:
+        """Tell it of a source, which is described in a segment."""
+
+    @abstractmethod
+    def tell(self, kind: int, number: int = 0) -> None:
+        """Tell it something that needs no more than a number."""
+
+    @abstractmethod
+    def has_begun(self, segment: Segment) -> bool:
+        """Whether it has begun to prepare what it was to put into this slot."""
+
+    def close(self) -> None:
+        """Cut the connection. What the worker still writes goes nowhere."""
+        self.socket.close()
+
+
+class HostPeer(Peer):
+    """A worker on this host: it writes into the slots themselves."""
+
+    def __init__(self, serial: int, connection: socket.socket) -> None:
+        super().__init__(serial, connection)
+        connection.setblocking(False)
+        self._slots: set[int] = set()  # whose descriptor it has
+
+    def read_hello(self, token: bytes) -> bool:
+        """Whether it has said who it is. Raises PermissionError when it is not one of ours."""
+        self._receive()
+        if len(self._buffer) < HELLO.size:
+            return False
+        given, self.process, self.pid, job = HELLO.unpack(self._buffer[: HELLO.size])
+        self._buffer = self._buffer[HELLO.size :]
+        if not secrets.compare_digest(given, token) or not is_same_user(self.socket):
+            raise PermissionError("a stranger has connected to the socket of a pool of actors.")
+        self.job = job.rstrip(b"\0").decode()
+        self.tell(WELCOME, self.serial)
+        return True
+
+    def _receive(self) -> None:
+        try:
+            data = self.socket.recv(65536)
+        except BlockingIOError:
+            return
+        if not data:
+            raise EOFError
+        self._buffer += data
+
+    def read(self) -> list[Report]:
+        self._receive()
+        whole = len(self._buffer) // RECORD.size * RECORD.size
+        records, self._buffer = self._buffer[:whole], self._buffer[whole:]
+        return [Report(*fields) for fields in RECORD.iter_unpack(records)]
+
+    def lease(self, number: int, slot: int, segment: Segment, request: bytes) -> None:
+        end = HEADER_BYTES + len(request)
+        segment.grow(end)
+        segment.memory[HEADER_BYTES:end] = request
+        segment.set_word(CLAIMED, 0)
+        segment.set_word(EXPECTED, number)
+        if slot not in self._slots:
+            self._slots.add(slot)
+            self._send(SLOT, slot, fd=segment.fd)
+        self._send(LEASE, number, slot, 0, len(request))
+
+    def source(self, number: int, segment: Segment, place: int, length: int, how: int) -> None:
+        self._send(SOURCE, number, 0, place, length, how, fd=segment.fd)
+
+    def tell(self, kind: int, number: int = 0) -> None:
+        if kind != SLOT_GONE or number in self._slots:
+            self._slots.discard(number)
+            self._send(kind, number)
+
+    def has_begun(self, segment: Segment) -> bool:
+        return segment.word(CLAIMED) == self.serial
+
+    def _send(self, kind: int, *numbers: int, fd: int | None = None) -> None:
+        fields = (*numbers, *[0] * (5 - len(numbers)))
+        try:
+            send_record(self.socket, RECORD.pack(kind, *fields), fd)
+        except OSError:
+            # It has died, or has read nothing for so long that it may count as dead.
+            try:
+                self.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has gone; `read` says so
+
+
+class HostListener:
+    """Where workers of this host come to a trainer."""
+
+    def __init__(self) -> None:
+        self.token = secrets.token_bytes(32)
+        self._folder: str | None = None
+        name = f"mlqueue-batches-{secrets.token_hex(16)}"
+        if sys.platform == "linux":
+            self._name = "\0" + name  # abstract: it goes with the last process that has it open
+        else:
+            self._folder = tempfile.mkdtemp(prefix="mlqueue-")  # only its owner may enter it
+            self._name = str(Path(self._folder) / "socket")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.bind(self._name)
+        self.socket.listen(128)
+        self.socket.setblocking(False)
+
+    @property
+    def address(self) -> dict[str, Any]:
+        """What a job has to carry for its worker to come here: an entry for each way."""
+        return {"host": {"socket": self._name.encode(), "token": self.token}}
+
+    def accept(self, serial: int) -> HostPeer | None:
+        """The next one who has come; None when there is none."""
+        try:
+            connection, _ = self.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        return HostPeer(serial, connection)
+
+    def close(self) -> None:
+        self.socket.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def is_same_user(connection: socket.socket) -> bool:
+    """Whether the other side of a unix socket runs as the user of this process, or as root."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True  # type: ignore[unreachable,unused-ignore]  # the socket's folder lets nobody else in
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return struct.unpack("3i", credentials)[1] in (os.getuid(), 0)
+
+
+# --- the worker's side ---
+
+
+class Link(ABC):
+    """A worker's way to a trainer."""
+
+    @abstractmethod
+    def receive(self, timeout: float) -> Order | None:
+        """The next order; None when none comes within `timeout` seconds. Raises EOFError when the trainer has gone."""
+
+    @abstractmethod
+    def claim(self, order: Order) -> bytes | None:
+        """The request of a lease, which this worker now begins; None where the trainer no longer needs it."""
+
+    @abstractmethod
+    def place(self, order: Order) -> SlotWriter:
+        """What puts the batch of a lease where it has to go."""
+
+    @abstractmethod
+    def deliver(self, kind: int, order: Order, place: int = 0, length: int = 0, nanoseconds: int = 0) -> None:
+        """Say what has become of a lease: the batch is described at `place`."""
+
+    @abstractmethod
+    def tell(self, kind: int) -> None:
+        """Say something that needs no more words."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cut the connection."""
+
+
+def connect(address: dict[str, Any], job_id: str) -> Link | None:
+    """The best way to the trainer at an address; None where there is none, or no trainer any more."""
+    host = address.get("host")
+    if host is not None:
+        try:
+            return HostLink(host["socket"], host["token"], job_id)
+        except PermissionError as error:
+            logger.warning("no batches are prepared for job %s: %s", job_id, error)
+        except OSError:
+            return None  # it has ended, or is on another host
+    return None
+
+
+class HostLink(Link):
+    """The way to a trainer on this host: its slots are mapped here."""
+
+    def __init__(self, name: bytes, token: bytes, job_id: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sending = threading.Lock()
+        self._writers: dict[int, SlotWriter] = {}
+        self.serial = 0
+        try:
+            self._socket.connect(name)
+            if not is_same_user(self._socket):
+                raise PermissionError("the trainer runs as another user; run workers and trainer as the same one.")
+            process = PROCESS[:8] + os.getpid().to_bytes(8, "little")
+            self._socket.sendall(HELLO.pack(token, process, os.getpid(), job_id.encode()[:128]))
+        except BaseException:
+            self._socket.close()
+            raise
+        self._poll = select.poll()
+        self._poll.register(self._socket, select.POLLIN)
+
+    def receive(self, timeout: float) -> Order | None:
+        while self._poll.poll(round(timeout * 1000)):
+            record, fd = receive_record(self._socket, RECORD.size)
+            kind, number, slot, place, length, how = RECORD.unpack(record)
+            if kind == WELCOME:
+                self.serial = number
+            elif kind == SLOT and fd is not None:
+                segment = Segment.attach(fd)
+                self._writers[number] = SlotWriter(segment)
+            elif kind == SLOT_GONE:
+                self._writers.pop(number).segment.close()
+            else:
+                return Order(kind, number, slot, place, length, how, fd)
+        return None
+
+    def claim(self, order: Order) -> bytes | None:
+        segment = self._writers[order.slot].segment
+        segment.cover(HEADER_BYTES + order.length)
+        segment.set_word(CLAIMED, self.serial)
+        if segment.word(EXPECTED) != order.number:
+            return None
+        return bytes(segment.memory[HEADER_BYTES : HEADER_BYTES + order.length])
+
+    def place(self, order: Order) -> SlotWriter:
+        writer = self._writers[order.slot]
+        writer.begin()
+        return writer
+
+    def deliver(self, kind: int, order: Order, place: int = 0, length: int = 0, nanoseconds: int = 0) -> None:
+        self._send(RECORD.pack(kind, order.number, order.slot, place, length, nanoseconds))
+
+    def tell(self, kind: int) -> None:
+        self._send(RECORD.pack(kind, 0, 0, 0, 0, 0))
+
+    def _send(self, record: bytes) -> None:
+        with self._sending:
+            self._socket.sendall(record)
+
+    def close(self) -> None:
+        with self._sending:
+            self._socket.close()
+        for writer in self._writers.values():
+            writer.segment.close()
+        self._writers.clear()

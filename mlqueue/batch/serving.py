@@ -1,0 +1,342 @@
+"""What a worker does for a pool of actors: the body of the actor that :mod:`mlqueue.named` declares.
+
+A job of it is a place at a trainer's: it goes to the address in its arguments, takes leases there one after the other,
+and ends when the trainer has ended, has had no work for a while, or has used the worker long enough while others may
+wait for it. One process has one place at a trainer's. The sources that are needed are made once in a process, and kept
+until they have not been used for a while, whichever trainer asks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from mlqueue.batch import links
+from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.errors import SourceFailed
+from mlqueue.batch.links import Link, Order
+from mlqueue.batch.requests import PURPOSE, decode_request, describe_error, signature_of
+from mlqueue.batch.transport import Segment, SlotWriter, read_description
+from mlqueue.broker import StoreBroker
+from mlqueue.current import CurrentJob, current_job
+from mlqueue.errors import SignatureInvalid, SigningKeyMissing, StoreError
+from mlqueue.named import NamedSource
+from mlqueue.signing import Keyring
+
+__all__ = ["NAMED", "PICKLED", "by_reference", "constant", "serve", "shelf"]
+
+#: How a source travels: as name, arguments and version, or pickled and signed.
+NAMED, PICKLED = 1, 2
+#: How often a worker without leases looks whether it should go, in seconds.
+TICK: Final = 0.1
+#: How long it waits for a trainer to let it go, in seconds.
+PATIENCE: Final = 5.0
+#: How long it has no leases until it looks whether other jobs wait for it, and how often it does so, in seconds.
+IDLE: Final = 0.2
+ASK_EVERY: Final = 0.5
+#: For how long a source that nobody uses is kept, in seconds.
+KEEP: Final = 60.0
+
+
+class Refused(Exception):
+    """This worker cannot prepare batches of a source; another may."""
+
+
+class Shelf:
+    """The sources of this process."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Any] = {}
+        self._used: dict[Any, float] = {}
+        self._lock = threading.Lock()
+        self._making: dict[Any, threading.Lock] = {}
+        self._sweeper: threading.Thread | None = None
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is kept under `key`; made by `make` where there is nothing, by one thread while others wait."""
+        with self._lock:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            if key not in self._kept:
+                value = make()
+                with self._lock:
+                    self._kept[key] = value
+                    self._used[key] = time.monotonic()
+                    if self._sweeper is None:
+                        self._sweeper = threading.Thread(target=self._sweep, name="mlqueue-batch-shelf", daemon=True)
+                        self._sweeper.start()
+            self._used[key] = time.monotonic()
+            return self._kept[key]
+
+    def touch(self, key: Any) -> None:
+        """It is being used."""
+        if key in self._used:
+            self._used[key] = time.monotonic()
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(min(KEEP / 4, 1.0))
+            with self._lock:
+                self.drop(KEEP)
+                if not self._kept:
+                    self._sweeper = None
+                    return
+
+    def drop(self, unused_for: float = 0.0) -> None:
+        """Let go of what has not been used for so many seconds."""
+        before = time.monotonic() - unused_for
+        for key in [key for key, used in list(self._used.items()) if used <= before]:
+            self._kept.pop(key, None)
+            self._used.pop(key, None)
+            self._making.pop(key, None)
+
+
+shelf = Shelf()
+#: Held while a batch is prepared with code of the user's: it may draw from the global generators, which are seeded for
+#: each batch. Only workers that serve several trainers at once ever wait for it.
+_seeding = threading.Lock()
+_here = threading.local()
+
+
+def constant(number: int) -> Any:
+    """What the pickle of a shared constant calls in a worker."""
+    return _serving().constant(number)
+
+
+def by_reference(name: str, kwargs: bytes, version: str) -> Any:
+    """The source of this name; what the pickle of one calls that has it among its parts."""
+    return _serving().named(name, kwargs, version)
+
+
+def _serving() -> Serving:
+    serving: Serving | None = getattr(_here, "serving", None)
+    if serving is None:
+        raise RuntimeError("this can be loaded in a worker of a pool of actors only; pass the value itself.")
+    return serving
+
+
+def serve(
+    broker: StoreBroker,
+    sources: Mapping[str, NamedSource[..., Any]],
+    address: dict[str, Any],
+    terms: dict[str, Any],
+) -> int:
+    """Prepare batches for the trainer at `address`; how many. `terms`: see `ActorPool`, in seconds."""
+    job = current_job()
+    link = links.connect(address, job.id)
+    if link is None:
+        return 0
+    serving = Serving(link, sources, broker.settings.signing_keys, Patience(broker, job, terms))
+    stopped = threading.Event()
+    beat = threading.Thread(
+        target=_beat, args=(link, terms["lease"] / 4, stopped), name="mlqueue-batch-beat", daemon=True
+    )
+    _here.serving = serving
+    try:
+        beat.start()
+        serving.run()
+    except (OSError, EOFError):
+        pass  # the trainer has ended, or has let go of this worker
+    finally:
+        _here.serving = None
+        stopped.set()
+        with contextlib.suppress(OSError):
+            link.tell(links.LEAVE)  # whatever ends this thread, it is not the batch's fault
+        beat.join()
+        serving.close()
+    return serving.prepared
+
+
+def _beat(link: Link, every: float, stopped: threading.Event) -> None:
+    while not stopped.wait(every):
+        try:
+            link.tell(links.BEAT)
+        except OSError:
+            return
+
+
+class Patience:
+    """When a worker should leave a trainer."""
+
+    def __init__(self, broker: StoreBroker, job: CurrentJob, terms: dict[str, Any]) -> None:
+        self._broker, self._job, self._terms = broker, job, terms
+        self._begun = self._used = self._asked = time.monotonic()
+
+    def used(self) -> None:
+        """There was work."""
+        self._used = time.monotonic()
+
+    def is_over(self) -> bool:
+        """Whether the worker is being stopped, has had no work for long, or others wait for it."""
+        now = time.monotonic()
+        if self._job.stopping or now - self._used > self._terms["linger"]:
+            return True
+        may_ask = now - self._used > IDLE or now - self._begun > self._terms["slice"]
+        return may_ask and now - self._asked > ASK_EVERY and self._others_wait()
+
+    def _others_wait(self) -> bool:
+        self._asked = time.monotonic()
+        try:
+            waiting = self._broker.store.oldest()
+        except StoreError:
+            return False
+        worker = self._broker.worker
+        return worker is not None and not waiting.keys().isdisjoint(worker.consumers)
+
+
+class Serving:
+    """One place at a trainer's."""
+
+    def __init__(
+        self,
+        link: Link,
+        sources: Mapping[str, NamedSource[..., Any]],
+        keys: tuple[str, ...],
+        patience: Patience,
+    ) -> None:
+        #: How many batches were prepared here.
+        self.prepared = 0
+        self._link, self._sources, self._keys, self._patience = link, sources, keys, patience
+        self._announced: dict[int, Order] = {}
+        self._made: dict[int, tuple[Any, Any]] = {}  # of sources: key on the shelf, value or exception
+
+    def run(self) -> None:
+        """Take leases until there are no more."""
+        asked: float | None = None
+        while True:
+            order = self._link.receive(TICK)
+            if order is None:
+                if asked is not None and time.monotonic() > asked + PATIENCE:
+                    return
+            elif order.kind == links.END:
+                return
+            else:
+                self._obey(order)
+                self._patience.used()
+            if asked is None and self._patience.is_over():
+                asked = time.monotonic()
+                self._link.tell(links.LEAVE)
+
+    def _obey(self, order: Order) -> None:
+        if order.kind == links.LEASE:
+            self._prepare(order)
+        elif order.kind == links.SOURCE:
+            self._announced[order.number] = order
+        else:
+            self._forget(order.number)
+
+    def _forget(self, number: int) -> None:
+        announced = self._announced.pop(number, None)
+        if announced is not None and announced.fd is not None:
+            os.close(announced.fd)
+        self._made.pop(number, None)
+
+    def _prepare(self, order: Order) -> None:
+        request = self._link.claim(order)
+        if request is None:
+            self._link.deliver(links.SKIPPED, order)
+            return
+        begun = time.perf_counter_ns()
+        writer = self._link.place(order)
+        try:
+            kind, (place, length) = links.DONE, self._perform(request, writer)
+            self.prepared += 1
+        except Refused as refusal:
+            writer = self._link.place(order)
+            kind, (place, length) = links.REFUSED, writer.write({"text": str(refusal)})
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it belongs to whoever waits for the batch
+            writer = self._link.place(order)
+            kind, (place, length) = links.FAILED, writer.write(describe_error(error, self._keys))
+        self._link.deliver(kind, order, place, length, time.perf_counter_ns() - begun)
+
+    def _perform(self, request: bytes, writer: SlotWriter) -> tuple[int, int]:
+        asked = decode_request(request, self._keys)
+        if asked[0] == "call":
+            return self._write_value(worker.perform(asked, self.constant, writer.empty), writer)
+        if worker.is_pure(self.constant(asked[1])):
+            return writer.write(worker.perform(asked, self.constant, writer.empty))
+        with _seeding:
+            return writer.write(worker.perform(asked, self.constant, writer.empty))
+
+    def _write_value(self, value: Any, writer: SlotWriter) -> tuple[int, int]:
+        """A function's value: as it is where that can travel, else pickled."""
+        try:
+            return writer.write({"value": value})
+        except TypeError:
+            pickled = worker.dump(value)
+            signature = signature_of(b"value", pickled, self._keys)
+            return writer.write({"pickled": np.frombuffer(pickled, np.uint8), "signature": signature})
+
+    # --- sources ---
+
+    def constant(self, number: int) -> Any:
+        """The source, or the shared constant, of this number."""
+        if number not in self._made:
+            self._made[number] = self._make(self._announced[number])
+        key, value = self._made[number]
+        if isinstance(value, Refused | SourceFailed):
+            raise value
+        shelf.touch(key)
+        return value
+
+    def _make(self, order: Order) -> tuple[Any, Any]:
+        assert order.fd is not None
+        segment = Segment.attach(order.fd)
+        try:
+            whole = segment.as_private_bytes()
+            described = read_description(whole, order.place, order.length)(whole, None)
+            if order.how == NAMED:
+                reference = described["name"], described["kwargs"].tobytes(), described["version"]
+                return ("named", *reference), self.named(*reference)
+            return self._load(described)
+        except Refused as refusal:
+            return None, refusal
+        except Exception as error:  # noqa: BLE001 - a factory may raise anything: each of its batches does, then
+            failed = SourceFailed(f"the data source could not be made: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            return None, failed
+        finally:
+            segment.close()
+            self._announced[order.number] = order._replace(fd=None)
+
+    def named(self, name: str, kwargs: bytes, version: str) -> Any:
+        """The source of this name, if it is the one that is meant."""
+        named = self._sources.get(name)
+        if named is None:
+            known = ", ".join(sorted(self._sources)) or "none"
+            raise Refused(
+                f"this worker has no data source {name!r} (it has: {known}); start it with the module that registers "
+                "it: mlqueue worker MODULE."
+            )
+        own = named.version(kwargs)
+        if own != version:
+            raise Refused(
+                f"the data source {name!r} is of version {own} in this worker and of {version} in the trainer "
+                "(code of the factory/version=); start both with the same code, on the same data."
+            )
+        return shelf.get(("named", name, kwargs, version), lambda: named.make(kwargs))
+
+    def _load(self, described: dict[str, Any]) -> tuple[Any, Any]:
+        body, buffers, signature = described["body"], described["buffers"], described["signature"].tobytes()
+
+        def load() -> Any:
+            Keyring(self._keys, PURPOSE).verify(signature, b"source", body.data, *[part.data for part in buffers])
+            return worker.load(body, buffers)
+
+        # The signature says what is meant: another source has another one.
+        key = ("pickled", signature)
+        try:
+            return key, shelf.get(key, load)
+        except (SignatureInvalid, SigningKeyMissing) as error:
+            raise Refused(str(error)) from None
+
+    def close(self) -> None:
+        self._link.close()
+        for number in list(self._announced):
+            self._forget(number)

@@ -1,0 +1,430 @@
+"""Pools of actors: the batches of the source, in its order, from real workers, whatever happens to those."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import eventually
+from test_work_pool import SHUFFLES, assert_same
+from worker_processes import Site
+
+from mlqueue.batch import serving
+from mlqueue.batch.actor_pool import ActorPool
+from mlqueue.batch.data_source import ArrayDataSource
+from mlqueue.batch.errors import SourceFailed, SourceMismatch
+from mlqueue.batch.work_pool import WorkerDied, WorkerError
+from mlqueue.errors import SigningKeyMissing
+
+#: Weighted samples cannot be drawn in order, and without a seed noise is to differ.
+NEEDS_SEED = {"weighted", "mapped with noise", "noisy parts"}
+KEY = "a key for the tests of pools"
+HERE = Path(__file__).parent
+
+
+class Bench:
+    """A folder of a user, workers that serve its batches, and its module as the trainer has it."""
+
+    def __init__(self, folder, server, **options):
+        os.chmod(folder, 0o700)
+        self.site = Site(folder, server, **options)
+        self.folder = folder
+        shutil.copy(HERE / "batch_sources.py", folder / "batch_sources.py")
+        self.site.environment |= {"BATCH_TESTS_NAMESPACE": self.site.namespace, "BATCH_TESTS_FOLDER": str(folder)}
+        with mock.patch.dict(os.environ, {**self.site.environment, "BATCH_TESTS_TRAINER": "1"}):
+            spec = importlib.util.spec_from_file_location("batch_sources", folder / "batch_sources.py")
+            self.module = importlib.util.module_from_spec(spec)
+            sys.modules["batch_sources"] = self.module  # what its functions are pickled by
+            spec.loader.exec_module(self.module)
+        self.mlq = self.module.mlq
+
+    def work(self, processes=2, threads=1, **options):
+        return self.site.supervise("batch_sources", processes=processes, threads=threads, **options)
+
+    def pool(self, **options):
+        return ActorPool(self.mlq, **{"workers": 2, "alone_after": None, **options})
+
+    def marks(self, text):
+        return [line for line in self.module.marks() if text in line]
+
+    def jobs(self, queue="batches"):
+        """The jobs of places at trainers' that the store knows."""
+        return [record.id for record in self.mlq.store.scan(queue=queue) if record.actor.startswith("mlqueue.")]
+
+    def forget(self):
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / "marks").unlink()
+
+    def close(self):
+        self.mlq.close()
+        self.site.close()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, server):
+    bench = Bench(tmp_path_factory.mktemp("bench"), server, signing_key=KEY)
+    bench.work(queues=["batches"])
+    yield bench
+    bench.close()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, server):
+    """As bench, without a key; one process of four threads."""
+    plain = Bench(tmp_path_factory.mktemp("plain"), server)
+    plain.work(processes=1, threads=4)
+    yield plain
+    plain.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    for name in {"bench", "plain"} & set(request.fixturenames):
+        request.getfixturevalue(name).forget()
+
+
+@pytest.fixture
+def pool(bench):
+    sys.modules["batch_sources"] = bench.module
+    with bench.pool() as pool:
+        yield pool
+
+
+class TestBatches:
+    @pytest.mark.parametrize("how", ["by name", "pickled"])
+    def test_every_kind_of_source_gives_its_own_batches_in_its_order(self, bench, pool, how):
+        for kind, make in bench.module.SOURCES.items():
+            ds = bench.module.any_source(kind=kind) if how == "by name" else make()
+            for name, shuffle in SHUFFLES.items():
+                if name == "in order" and kind in NEEDS_SEED:
+                    continue
+                expected = itertools.islice(make().batch_iterator(16, shuffle=shuffle()), 14)
+                with pool.parallel_data_source(ds, 6).batch_iterator(16, shuffle=shuffle()) as batches:
+                    for one, other in itertools.zip_longest(expected, itertools.islice(batches, 14)):
+                        assert_same(one, other)
+        made = bench.marks("made any arrays")
+        assert len({line for line in made if not line.startswith(f"{os.getpid()} ")}) <= 2
+        assert len(made) <= 3, "once in each process"
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def test_any_source_size_buffer_and_seed(self, bench, pool, data):
+        kind = data.draw(st.sampled_from(sorted(set(bench.module.SOURCES) - {"weighted"})))
+        size, ahead = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 30))
+        seeds = st.integers(0, 9) if kind in NEEDS_SEED else st.none() | st.integers(0, 9)
+        seed, most = data.draw(seeds), data.draw(st.integers(1, 40))
+        copy = data.draw(st.booleans())
+        expected = itertools.islice(bench.module.SOURCES[kind]().batch_iterator(size, shuffle=seed), most)
+        ds = pool.parallel_data_source(bench.module.any_source(kind=kind), ahead, copy=copy)
+        with ds.batch_iterator(size, shuffle=seed) as batches:
+            for one, other in itertools.zip_longest(expected, itertools.islice(batches, most)):
+                assert_same(one, other)
+
+    def test_batches_are_arrays_of_ones_own_or_views_until_the_next(self, bench, pool):
+        ds = bench.module.any_source(kind="arrays")
+        kept = list(pool.parallel_data_source(ds).batch_iterator(50))
+        for (x, y), (a, b) in zip(kept, ds.batch_iterator(50), strict=True):
+            np.testing.assert_array_equal(x, a)
+            np.testing.assert_array_equal(y, b)
+            x += 1
+        views = pool.parallel_data_source(bench.module.SOURCES["mapped"](), copy=False).batch_iterator(50)
+        x, _ = next(views)
+        with pytest.raises(ValueError, match="read-only"):
+            x += 1
+        views.close()
+
+    def test_what_is_drawn_from_the_global_generators_depends_on_the_batch_alone(self, bench, pool):
+        ds = bench.module.drawn()
+        first = list(pool.parallel_data_source(ds).batch_iterator(10, shuffle=3))
+        with bench.pool(workers=1) as other:
+            again = list(other.parallel_data_source(ds).batch_iterator(10, shuffle=3))
+        for one, two in zip(first, again, strict=True):
+            assert_same(one, two)
+        assert len({float(x[0, 0]) for x, _ in first}) > 15
+
+    def test_a_state_resumes_in_another_pool_and_without_one(self, bench, pool):
+        ds = bench.module.any_source(kind="mapped with noise")
+        expected = list(ds.batch_iterator(16, shuffle=5))
+        with pool.parallel_data_source(ds).batch_iterator(16, shuffle=5) as batches:
+            for number in range(4):
+                assert_same(expected[number], next(batches))
+            state = batches.state_dict()
+        with pool.parallel_data_source(ds, 3).batch_iterator(16, shuffle=5) as batches:
+            batches.load_state_dict(state)
+            assert_same(expected[4:], list(batches))
+        serial = ds.batch_iterator(16, shuffle=5)
+        serial.load_state_dict(state)
+        assert_same(expected[4:], list(serial))
+
+    def test_work_ahead_is_bounded_by_the_buffer(self, bench, pool):
+        ds = pool.parallel_data_source(bench.module.faulty(how="none", n=500), 7)
+        before = pool.stats().prepared
+        with ds.batch_iterator(5) as batches:
+            next(batches)
+            eventually(lambda: pool.stats().prepared - before == 8)
+            threading.Event().wait(0.1)
+            assert pool.stats().prepared - before == 8
+
+    def test_several_trainers_share_the_workers(self, bench, pool):
+        ds = bench.module.drawn()
+        expected = list(pool.parallel_data_source(ds).batch_iterator(20, shuffle=1))
+        with bench.pool() as other, bench.pool() as third:
+            iterators = [each.parallel_data_source(ds).batch_iterator(20, shuffle=1) for each in (other, third)]
+            pool_given = list(pool.parallel_data_source(ds).batch_iterator(20, shuffle=1))
+            for given_ in (pool_given, list(iterators[0]), list(iterators[1])):
+                assert_same(expected, given_)
+
+
+class TestTasks:
+    def test_results_come_in_order_and_of_any_kind(self, bench, pool):
+        with pool.work_stream(((lambda i=i: {"i": i, "set": {i}}),) for i in range(20)) as stream:
+            assert [{"i": i, "set": {i}} for i in range(20)] == list(stream)
+
+    def test_a_shared_constant_is_sent_once(self, bench, pool):
+        table = np.arange(1000)
+        shared = pool.shared_constant(table)
+        tasks = [(lambda constant, i: float(constant[i]), (shared, i)) for i in range(10)]
+        assert [float(i) for i in range(10)] == list(pool.work_stream(tasks))
+
+    def test_an_error_is_raised_where_the_result_would_be(self, bench, pool):
+        with pool.work_stream([(len, ("ab",)), (int, ("x",)), (len, ("abc",))]) as stream:
+            assert 2 == next(stream)
+            with pytest.raises(ValueError, match="invalid literal"):
+                next(stream)
+            assert 3 == next(stream)
+
+
+class TestErrors:
+    def numbers(self, bench, pool, how, **options):
+        """The first samples of the batches of 5 that come, errors in their place."""
+        batches = pool.parallel_data_source(bench.module.faulty(how=how, **options)).batch_iterator(5)
+        found = []
+        while True:
+            try:
+                found.append(int(next(batches)[0][0]))
+            except StopIteration:
+                return found
+            except Exception as error:
+                found.append(error)
+
+    def test_an_exception_is_raised_in_its_place_with_the_sample_indices(self, bench, pool):
+        found = self.numbers(bench, pool, "raise")
+        error = found.pop(10)
+        assert [*range(0, 50, 5), *range(55, 100, 5)] == found
+        assert isinstance(error, ValueError)
+        assert "sample is cut" in str(error)
+        assert "sample indices [50 51 52 53 54]" in "".join(error.__notes__)
+        assert "in fail" in "".join(error.__notes__)
+
+    def test_an_error_of_the_users_own_class_comes_as_itself_where_a_key_is_set(self, bench, pool):
+        error = self.numbers(bench, pool, "own error")[10]
+        assert isinstance(error, bench.module.OwnError)
+
+    def test_skip_leaves_the_batch_out_and_counts_it(self, bench):
+        with bench.pool(errors="skip") as pool:
+            assert [*range(0, 50, 5), *range(55, 100, 5)] == self.numbers(bench, pool, "raise")
+            assert 1 == pool.stats().skipped
+
+    def test_retry_prepares_it_again(self, bench):
+        with bench.pool(errors="retry") as pool:
+            assert [*range(0, 100, 5)] == self.numbers(bench, pool, "raise once")
+            assert 1 == pool.stats().retries
+            assert isinstance(self.numbers(bench, pool, "raise")[10], ValueError)
+            assert 3 == len(bench.marks("fault raise")) - len(bench.marks("fault raise once"))
+
+    def test_a_batch_whose_worker_dies_is_prepared_by_another(self, bench, pool):
+        before = pool.stats().retries
+        assert [*range(0, 100, 5)] == self.numbers(bench, pool, "kill once")
+        assert pool.stats().retries > before
+
+    def test_a_batch_that_ends_two_workers_is_an_error(self, bench):
+        with bench.pool() as pool:
+            found = self.numbers(bench, pool, "kill")
+            assert isinstance(found[10], WorkerDied)
+            assert "sample indices [50 51 52 53 54]" in str(found[10])
+            assert [*range(0, 50, 5), *range(55, 100, 5)] == found[:10] + found[11:]
+            assert 2 == len(bench.marks("fault kill"))
+
+    def test_a_worker_that_is_stopped_delays_by_a_lease_not_more(self, bench):
+        with bench.pool(lease=0.4) as pool:
+            begun = time.monotonic()
+            assert [*range(0, 100, 5)] == self.numbers(bench, pool, "stop once")
+            assert time.monotonic() - begun < 5
+        for line in bench.marks("fault stop once"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGCONT)
+
+    def test_a_straggler_is_prepared_twice_where_that_is_asked_for(self, bench):
+        with bench.pool(stragglers=20, lease=0.4) as pool:
+            begun = time.monotonic()
+            assert [*range(0, 100, 5)] == self.numbers(bench, pool, "slow once", seconds=0.01)
+            assert time.monotonic() - begun < 10
+        for line in bench.marks("fault slow once")[:1]:
+            os.kill(int(line.split()[0]), signal.SIGKILL)  # it sleeps, and would hold up the tests that follow
+
+    def test_a_source_that_cannot_be_made_is_an_error(self, bench, pool):
+        with mock.patch.dict(os.environ, {"BATCH_TESTS_TRAINER": "1"}):
+            ds = bench.module.broken()
+        with pytest.raises(SourceFailed, match="OSError: the disk is gone"):
+            next(pool.parallel_data_source(ds).batch_iterator(5))
+
+    def test_a_source_of_which_workers_have_another_version_is_an_error(self, bench, pool):
+        with pytest.raises(SourceMismatch, match="'changed' is of version"):
+            next(pool.parallel_data_source(bench.module.changed()).batch_iterator(5))
+
+    def test_a_source_is_made_again_when_its_version_changes(self, bench, pool):
+        for value in (1, 2, 2, 1):
+            (bench.folder / "data").write_text(str(value))
+            ds = pool.parallel_data_source(bench.module.file_source())
+            assert {value} == {int(v) for (batch,) in ds.batch_iterator(5) for v in batch}
+
+
+class TestCode:
+    def test_without_a_key_a_plain_source_is_refused_and_one_with_a_name_is_served(self, plain):
+        with plain.pool() as pool:
+            with pytest.raises(SigningKeyMissing, match="data source"):
+                pool.parallel_data_source(ArrayDataSource([np.arange(5)])).batch_iterator(2)
+            with pytest.raises(SigningKeyMissing):
+                pool.work_stream([(len, ("ab",))])
+            ds = plain.module.any_source(kind="mapped with noise")
+            given_ = pool.parallel_data_source(ds).batch_iterator(20, shuffle=1)
+            assert_same(list(ds.batch_iterator(20, shuffle=1)), list(given_))
+            error = TestErrors().numbers(plain, pool, "own error")[10]
+            assert isinstance(error, WorkerError)
+            assert "OwnError: of ours" in str(error)
+
+    def test_a_worker_with_another_key_loads_nothing(self, bench):
+        pool = bench.pool()
+        pool._crew._keys = ("another key of the tests",)
+        with pool, pytest.raises(SourceMismatch, match="signature"):
+            next(pool.parallel_data_source(ArrayDataSource([np.arange(5)])).batch_iterator(2))
+
+
+class TestWorkers:
+    def test_a_worker_with_many_threads_has_one_place_at_a_trainers(self, plain):
+        with plain.pool(workers=3) as pool:
+            ds = plain.module.drawn()
+            assert len(list(pool.parallel_data_source(ds).batch_iterator(5, shuffle=1))) == 41
+            assert 1 == pool.stats().workers
+
+    def test_a_drained_worker_goes_without_a_retry(self, bench):
+        first = bench.work(processes=1, queues=["drained"])
+        second = bench.work(processes=1, queues=["drained"], ready=False)
+        with bench.pool(queue_name="drained", workers=1) as pool:
+            source = bench.module.faulty(how="none", seconds=0.05, n=200)
+            batches = pool.parallel_data_source(source).batch_iterator(5)
+            found = [int(next(batches)[0][0])]
+            second.wait_ready(1)
+            first.stop()
+            found += [int(batch[0]) for batch, _ in batches]
+            assert [*range(0, 200, 5)] == found
+            assert 0 == pool.stats().retries
+        second.stop()
+
+    def test_without_workers_the_trainer_prepares_them_itself(self, bench, caplog):
+        state = np.random.get_state()[1].copy()
+        with bench.pool(queue_name="nobody", alone_after=0.1) as pool:
+            ds = bench.module.any_source(kind="mapped with noise")
+            given_ = list(pool.parallel_data_source(ds).batch_iterator(50, shuffle=2))
+            assert_same(list(ds.batch_iterator(50, shuffle=2)), given_)
+            assert 5 == pool.stats().here
+            assert "mlqueue worker MODULE" in caplog.text
+            assert bench.jobs("nobody")
+        np.testing.assert_array_equal(state, np.random.get_state()[1])
+        assert [] == bench.jobs("nobody")
+
+    def test_other_jobs_of_a_worker_have_their_turn(self, bench):
+        with bench.pool(slice=0.3) as pool:
+            source = bench.module.faulty(how="none", seconds=0.05, n=2000)
+            batches = pool.parallel_data_source(source).batch_iterator(5)
+            next(batches)
+            job = bench.mlq.submit("other", queue_name="batches")
+            count = sum(1 for _ in itertools.takewhile(lambda _: not job.state.ended, batches))
+            assert 7 == job.result(timeout=1)
+            assert count < 100
+            batches.close()
+
+
+class TestSeen:
+    def test_the_command_line_shows_who_waits_for_whom_as_long_as_the_pool_is_open(self, bench, pool):
+        list(pool.parallel_data_source(bench.module.faulty(how="none")).batch_iterator(5))
+        [told] = eventually(lambda: [told for told in bench.mlq.store.pools().values() if told["given"] == 20])
+        assert (os.getpid(), "batches", "shared memory") == (told["pid"], told["queue"], told["transport"])
+        command = [sys.executable, "-m", "mlqueue", "stats", "--namespace", bench.site.namespace]
+        run = subprocess.run(
+            command,
+            cwd=bench.folder,
+            env=bench.site.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert re.search(r"TRAINER +WAITS +WORKERS +IDLE +BATCHES/S +READY", run.stdout)
+        assert re.search(rf"batches +\S+/{os.getpid()} +\d+% +\d +\d+% ", run.stdout)
+        pool.close()
+        assert {} == bench.mlq.store.pools()
+
+
+class TestEnd:
+    def test_nothing_is_left_of_a_pool_that_is_closed_or_dropped(self, bench):
+        def look():
+            return (
+                {thread.name for thread in threading.enumerate() if thread.name.startswith("mlqueue-batch-")},
+                {os.readlink(link) for link in Path("/proc/self/fd").glob("*") if link.exists()},
+                set(Path("/dev/shm").glob("*mlqueue*")),
+            )
+
+        bench.mlq.client.ping()
+        with bench.pool() as pool:
+            len(list(pool.parallel_data_source(bench.module.any_source(kind="arrays")).batch_iterator(50)))
+        gc.collect()
+        before = look()
+        with bench.pool() as pool:
+            batches = pool.parallel_data_source(bench.module.any_source(kind="mapped")).batch_iterator(50)
+            next(batches)
+        with pytest.raises(RuntimeError, match="the pool is closed"):
+            next(batches)
+        dropped = bench.pool()
+        batches = dropped.parallel_data_source(bench.module.any_source(kind="arrays")).batch_iterator(50)
+        next(batches)
+        del batches, dropped, pool
+        gc.collect()
+
+        def gone():
+            gc.collect()
+            names, links, files = look()
+            return (
+                names <= before[0]
+                and files <= before[2]
+                and not {link for link in links - before[1] if "memfd:mlqueue" in link}
+            )
+
+        eventually(gone)
+        # Places that have begun end by themselves; their jobs leave no record.
+        eventually(lambda: bench.jobs() == [], 20)
+
+    def test_sources_that_nobody_uses_are_let_go(self):
+        shelf = serving.Shelf()
+        assert 1 == shelf.get("a", lambda: 1)
+        shelf.get("b", lambda: 2)
+        shelf._used["a"] -= 100
+        shelf.drop(50)
+        assert {"b": 2} == shelf._kept
+        shelf.drop()
