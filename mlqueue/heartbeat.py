@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from .errors import StoreError
@@ -76,6 +76,8 @@ class Beater:
       store: The store of their namespace.
       living: Gives the workers whose leases are to be renewed now. Called in this thread.
       on_waiting: Told after each beat how many jobs wait to be run alone.
+      vitals: Measures what the processes of workers take; see `mlqueue.store.store.WorkerInfo`. Called in this thread.
+      on_asked: Told of each worker of which something is asked, and what, again with every beat.
     """
 
     def __init__(
@@ -84,10 +86,14 @@ class Beater:
         living: Callable[[], Iterable[str]],
         *,
         on_waiting: Callable[[int], None] = lambda count: None,
+        vitals: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
+        on_asked: Callable[[str, str], None] = lambda worker, what: None,
     ) -> None:
         self.store = store
         self._living = living
         self._on_waiting = on_waiting
+        self._vitals = vitals
+        self._on_asked = on_asked
         self._id = uuid.uuid4().hex
         self._condition = threading.Condition()
         self._orders: deque[Callable[[], None]] = deque()
@@ -162,8 +168,13 @@ class Beater:
 
     def _beat(self) -> None:
         workers = list(self._living())
-        if workers:
+        if workers and self._vitals is None:
             self._on_waiting(self.store.beat(workers))
+        elif workers and self._vitals is not None:
+            tended = self.store.tend(workers, self._vitals())
+            self._on_waiting(tended.waiting_alone)
+            for worker, what in tended.asked.items():
+                self._on_asked(worker, what)
 
     def _sweep(self) -> None:
         interval = self.store.settings.sweep_interval

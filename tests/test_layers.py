@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("outliving",),
     ("settings", "codec", "job", "embedded", "schema"),
     ("store", "encoder"),
-    ("message", "waiting", "events", "delivery", "heartbeat", "keys", "data", "signing"),
+    ("message", "waiting", "events", "delivery", "heartbeat", "keys", "data", "overview", "signing"),
     ("progress", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines"),
     ("beside", "client_http"),
     ("nested", "client_events"),

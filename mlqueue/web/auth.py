@@ -22,6 +22,7 @@ __all__ = [
     "ANYBODY",
     "READ",
     "SUBMIT",
+    "BearerKeys",
     "Hook",
     "Principal",
     "challenge",
@@ -75,7 +76,11 @@ class BearerKeys:
         kind, _, token = request.headers.get("Authorization", "").partition(" ")
         if kind.lower() != "bearer" or len(token) > MAX_HEADER:
             return None
-        key = self._keys.verify(token.strip())
+        return self.principal_of(token.strip())
+
+    def principal_of(self, token: str) -> Principal | None:
+        """Who has this key; None when it is none, or has been revoked."""
+        key = self._keys.verify(token)
         return None if key is None else Principal(f"key {key.id}", frozenset(key.scopes))
 
 

@@ -348,4 +348,10 @@ def _replayed(new: bool) -> dict[str, str]:
     return {} if new else {"Idempotent-Replayed": "true"}
 
 
-__all__ = ["post_job", "submit_job", "submit_jobs"]
+def submit_call(call: Call, actor: str, body: Mapping[str, Any]) -> str:
+    """Submits the call of an actor that `body` asks for, as `submit_job` does; the id of the job."""
+    [job_id], _ = _enqueue(call, [_called(actor, check(_SUBMIT, body), _published(call, actor))])
+    return job_id
+
+
+__all__ = ["post_job", "submit_call", "submit_job", "submit_jobs"]
