@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The environment is made anew only when what is to be installed has changed.
 READY := $(VENV)/ready
 
-.PHONY: demo test faults faults-long lint types docs-test bench bench-plots clean
+.PHONY: demo test faults faults-long lint types docs-test screenshots bench bench-plots clean
 
 demo: $(READY)
 	"$(BIN)/python" -m tasks.demo
@@ -33,6 +33,10 @@ types: $(READY)
 
 docs-test: $(READY)
 	"$(BIN)/python" -m pytest -q tests/test_docs.py
+
+# Every page of the dashboard, light and dark. Needs a Chromium.
+screenshots: $(READY)
+	"$(BIN)/python" tests/web/dashboard_site.py docs/images/dashboard
 
 bench: $(READY)
 	"$(BIN)/python" -m pip install -q -r benchmarks/requirements.txt

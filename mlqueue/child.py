@@ -1,7 +1,8 @@
 """What a worker process runs that a supervisor has spawned: it imports the user's modules and works for their app.
 
-Supervisor and child share a socket. On it the supervisor sends one line, the order (`Order`), and then nothing; that
-the socket ends says that the supervisor is gone. The child sends lines of JSON, each with ``event``:
+Supervisor and child share a socket. On it the supervisor sends one line, the order (`Order`), and then nothing, unless
+the child is to retire (`RETIRE`); that the socket ends says that the supervisor is gone. The child sends lines of JSON,
+each with ``event``:
 
 ``app``      the modules are imported; the namespace, the settings of its store, queues and actors
 ``ready``    the worker has started
@@ -42,7 +43,7 @@ from .errors import MLQueueError, SettingsError, StoreError
 from .heartbeat import dump_settings
 from .processes import in_forks, resident_bytes
 
-__all__ = ["EXIT_BOOT", "EXIT_BROKEN", "EXIT_RECYCLE", "Order", "module_name"]
+__all__ = ["EXIT_BOOT", "EXIT_BROKEN", "EXIT_RECYCLE", "RETIRE", "Order", "module_name"]
 
 logger = logging.getLogger("mlqueue.worker")
 
@@ -50,6 +51,9 @@ logger = logging.getLogger("mlqueue.worker")
 EXIT_BOOT: Final = 78
 EXIT_BROKEN: Final = 70
 EXIT_RECYCLE: Final = 75
+
+#: What the supervisor sends a child that is to take no more jobs, and to end when those in hand have.
+RETIRE: Final = b"retire\n"
 
 #: How often a child looks at its memory, its threads, and what there is to do, in seconds.
 LOOK_INTERVAL: Final = 0.5
@@ -101,7 +105,7 @@ def main() -> None:
     name = f"worker {order.number}"
     logging.basicConfig(level=order.log_level, format=f"%(asctime)s [{name}] %(levelname)s %(name)s: %(message)s")
     child = Child(order, channel)
-    channel.watch(child.on_supervisor_lost)
+    channel.watch(child.on_supervisor_lost, child.retire)
     sys.exit(child.run())
 
 
@@ -142,13 +146,13 @@ class Channel:
         except OSError as error:
             logger.debug("the supervisor cannot be told: %s", error)
 
-    def watch(self, on_lost: Any) -> None:
-        """Calls `on_lost` in a thread when the supervisor is gone."""
+    def watch(self, on_lost: Any, on_retire: Any) -> None:
+        """Calls `on_lost` in a thread when the supervisor is gone, `on_retire` when it says anything."""
 
         def wait() -> None:
             try:
                 while self._socket.recv(4096):
-                    pass
+                    on_retire()
             except OSError as error:
                 logger.debug("the supervisor's socket: %s", error)
             on_lost()
@@ -182,6 +186,13 @@ class Child:
         self._stop(self.app, worker)
         self.channel.send("bye", reason=reason, ran=self.jobs.count)
         return {"recycle": EXIT_RECYCLE, "broken": EXIT_BROKEN}.get(reason, 0)
+
+    def retire(self) -> None:
+        """Takes no more jobs, and ends when those in hand have. Called in another thread."""
+        self.jobs.reached.set()
+        if self.app is not None and self.app.broker.pump is not None:
+            self.app.broker.pump.stop_fetching()
+        self._wake()
 
     def on_supervisor_lost(self) -> None:
         """Gives the jobs back at once and ends the process, whatever it is doing. Called in another thread."""
@@ -253,7 +264,7 @@ class Child:
 
     def _is_used_up(self) -> bool:
         if self.jobs.reached.is_set():
-            logger.info("%d jobs have run, max_jobs is %d", self.jobs.count, self.order.max_jobs)
+            logger.info("%d jobs have run, max_jobs is %s; or it was asked to", self.jobs.count, self.order.max_jobs)
             return True
         size = resident_bytes() if self.order.max_rss is not None else None
         if size is None or self.order.max_rss is None or size <= self.order.max_rss:

@@ -81,6 +81,8 @@ class Beater:
       living: Gives the workers whose leases are to be renewed now. Called in this thread.
       on_waiting: Told after each beat how many jobs wait to be run alone.
       watch: Called every second, in this thread; it may call the store.
+      vitals: Measures what the processes of workers take; see `mlqueue.store.store.WorkerInfo`. Called in this thread.
+      on_asked: Told of each worker of which something is asked, and what, again with every beat.
     """
 
     def __init__(
@@ -90,12 +92,16 @@ class Beater:
         *,
         on_waiting: Callable[[int], None] = lambda count: None,
         watch: Callable[[], None] | None = None,
+        vitals: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
+        on_asked: Callable[[str, str], None] = lambda worker, what: None,
     ) -> None:
         self.store = store
         self._living = living
         self._on_waiting = on_waiting
         self._watch = watch
         self._watch_at = 0.0
+        self._vitals = vitals
+        self._on_asked = on_asked
         self._id = uuid.uuid4().hex
         self._condition = threading.Condition()
         self._orders: deque[Callable[[], None]] = deque()
@@ -191,8 +197,13 @@ class Beater:
 
     def _beat(self) -> None:
         workers = list(self._living())
-        if workers:
+        if workers and self._vitals is None:
             self._on_waiting(self.store.beat(workers))
+        elif workers and self._vitals is not None:
+            tended = self.store.tend(workers, self._vitals())
+            self._on_waiting(tended.waiting_alone)
+            for worker, what in tended.asked.items():
+                self._on_asked(worker, what)
 
     def _sweep(self) -> None:
         interval = self.store.settings.sweep_interval

@@ -25,6 +25,7 @@ __all__ = [
     "place",
     "python_command",
     "resident_bytes",
+    "usage",
 ]
 
 #: The folder of Linux's process table.
@@ -85,6 +86,37 @@ def resident_bytes() -> int | None:
     except OSError:
         kilobytes = _output("ps", "-o", "rss=", "-p", str(os.getpid()))
         return int(kilobytes) * 1024 if kilobytes.isdigit() else None
+
+
+class Usage(NamedTuple):
+    """What a process takes."""
+
+    #: Its memory, in bytes.
+    rss: int
+    #: The processor time that it has taken so far, in seconds.
+    cpu: float
+
+
+def usage(pid: int) -> Usage | None:
+    """What a process takes; None when there is none, or the system does not say."""
+    try:
+        fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        ticks = int(fields[11]) + int(fields[12])
+        return Usage(int(fields[21]) * os.sysconf("SC_PAGE_SIZE"), ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, IndexError, ValueError):
+        if (PROC / "self/stat").exists():
+            return None
+    rss, _, clock = _output("ps", "-o", "rss=,time=", "-p", str(pid)).strip().partition(" ")
+    return Usage(int(rss) * 1024, _seconds(clock.strip())) if rss.isdigit() else None
+
+
+def _seconds(clock: str) -> float:
+    """A time as ``ps`` has it: ``[[days-]hours:]minutes:seconds``."""
+    days, _, rest = clock.rpartition("-")
+    seconds = 0.0
+    for part in rest.split(":"):
+        seconds = seconds * 60 + float(part)
+    return int(days or 0) * 86400 + seconds
 
 
 def in_forks(act: Callable[[], None], signals: Collection[signal.Signals]) -> None:

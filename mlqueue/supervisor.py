@@ -27,11 +27,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from .board import Board
-from .child import Order
+from .child import RETIRE, Order
 from .errors import SettingsError
 from .heartbeat import Beater, in_words, load_settings
 from .overdue import LOOK_INTERVAL, Doom, Watch
-from .processes import interpreter_command, is_gone, is_stopped, place
+from .processes import Usage, interpreter_command, is_gone, is_stopped, place, usage
 from .settings import Settings
 from .store import Connector, Store
 
@@ -86,6 +86,10 @@ class _Seat:
     failures: int = 0
     #: When to start the next child (monotonic); None for the seat of the extra child, and while there is one.
     due: float | None = None
+    #: How many children it has had.
+    spawned: int = 0
+    #: Whether somebody has asked that it stay empty.
+    closed: bool = False
 
 
 class _Child:
@@ -117,6 +121,8 @@ class _Child:
         self.killed = False
         #: When it is killed unless it has ended by then (monotonic).
         self.deadline: float | None = None
+        #: What somebody has asked of it, when that has been passed on.
+        self.asked: str | None = None
         self._received = b""
 
     @property
@@ -135,6 +141,11 @@ class _Child:
     def terminate(self) -> None:
         """Asks it to drain."""
         self.process.send_signal(signal.SIGTERM)
+
+    def retire(self) -> None:
+        """Asks it to take no more jobs, and to end when those in hand have."""
+        with contextlib.suppress(OSError):
+            self.channel.sendall(RETIRE)
 
     def kill(self) -> None:
         """Ends it, and what it has forked."""
@@ -209,6 +220,10 @@ class Supervisor:
             os.set_blocking(fd, False)
         #: What the beater's thread has to say to the main thread: counts of jobs that wait to be run alone.
         self._news: collections.deque[int] = collections.deque()
+        #: The same, of what is asked of workers.
+        self._asked: collections.deque[tuple[str, str]] = collections.deque()
+        #: What the children had taken when they were measured last, and when. The beater's thread's own.
+        self._measured: dict[str, tuple[float, Usage]] = {}
 
     def run(self) -> int:
         """Runs in the foreground, in the main thread, until SIGTERM or SIGINT; the exit code.
@@ -328,6 +343,8 @@ class Supervisor:
                 self._on_stop_signal(signal.Signals(byte).name)
         while self._news:
             self._alone_waiting = self._news.popleft() > 0
+        while self._asked:
+            self._on_asked(*self._asked.popleft())
 
     def _on_stop_signal(self, name: str) -> None:
         now = time.monotonic()
@@ -356,6 +373,25 @@ class Supervisor:
             child.killed = not child.known
             child.terminate()
 
+    def _tell_asked(self, worker: str, what: str) -> None:
+        """In the beater's thread."""
+        self._asked.append((worker, what))
+        self._wake(0)
+
+    def _on_asked(self, worker: str, what: str) -> None:
+        """Somebody wants a worker to end. It is told with every beat, until it has."""
+        child = next((child for child in self._children() if child.worker == worker), None)
+        if child is None or child.asked == what or self._stopping_since is not None:
+            return
+        child.asked = what
+        logger.info("%s is asked to %s (pid %d)", child.name, what, child.process.pid)
+        if what == "drain":
+            child.retire()
+        elif what == "stop":
+            child.seat.closed = True
+            child.deadline = time.monotonic() + (self._store or self).settings.drain + DRAIN_MARGIN
+            child.terminate()
+
     # Children
 
     def _children(self) -> list[_Child]:
@@ -377,6 +413,7 @@ class Supervisor:
 
     def _spawn(self, seat: _Seat) -> None:
         seat.due = None
+        seat.spawned += 1
         ours, theirs = socket.socketpair()
         board = Board.create()
         worker = uuid.uuid4().hex
@@ -505,7 +542,11 @@ class Supervisor:
         self._wake(0)
 
     def _replace(self, child: _Child, how: str) -> None:
-        if child.seat.alone:
+        if child.seat.closed:
+            logger.info("%s was asked to stop: its place stays empty", child.name)
+            if not self._children() and all(seat.closed for seat in self._seats):
+                self._stopping_since = time.monotonic()
+        elif child.seat.alone:
             self._replace_extra(child)
         elif child.bye in ("recycle", "drain") or child.dooms:
             child.seat.failures = 0
@@ -563,7 +604,14 @@ class Supervisor:
         self.namespace = namespace
         used = load_settings(settings)
         self._store = store = Store(Connector(used), namespace, used)
-        self._beater = beater = Beater(store, self._beating, on_waiting=self._tell_waiting, watch=self._watch)
+        self._beater = beater = Beater(
+            store,
+            self._beating,
+            on_waiting=self._tell_waiting,
+            watch=self._watch,
+            vitals=self._measure,
+            on_asked=self._tell_asked,
+        )
         beater.order(functools.partial(release_lost, store))
         beater.start()
 
@@ -576,6 +624,28 @@ class Supervisor:
         """The workers to beat for: a child that is stopped cannot work, and others may have its jobs. In the
         beater's thread."""
         return [worker for worker, pid in self._living if not is_stopped(pid)]
+
+    def _measure(self) -> dict[str, dict[str, Any]]:
+        """What each child takes: memory, and the processor since the last look. In the beater's thread."""
+        found: dict[str, dict[str, Any]] = {}
+        seats = {child.worker: child.seat for child in self._children()}
+        measured = {}
+        for worker, pid in self._living:
+            now, taken, seat = time.monotonic(), usage(pid), seats.get(worker)
+            if taken is None or seat is None:
+                continue
+            measured[worker] = now, taken
+            then, before = self._measured.get(worker, (now, taken))
+            cpu = (taken.cpu - before.cpu) / (now - then) if now > then else 0.0
+            found[worker] = {
+                "rss": taken.rss,
+                "cpu": round(max(0.0, cpu), 3),
+                "seat": seat.number,
+                "restarts": seat.spawned - 1,
+                "supervisor": os.getpid(),
+            }
+        self._measured = measured
+        return found
 
 
 def release_lost(store: Store) -> None:

@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "doctor",
         "webhook_message",
         "named",
+        "overview",
     ),
     ("progress", "journal", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines", "calls"),
     ("beside", "client_http", "capture", "usage"),

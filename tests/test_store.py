@@ -759,7 +759,7 @@ def test_ended_jobs_go_after_their_ttl_and_leave_nothing(store: Store) -> None:
     store.remove([keep])
     for _ in range(20):
         store.sweep("s", 5)
-    assert keys(store) - before == {"seq", "sweep", "actors", "m", "bell:default:add"}
+    assert keys(store) - before == {"seq", "sweep", "actors", "m", "course", "bell:default:add"}
 
 
 def test_dead_jobs_stay_until_they_are_removed(store: Store) -> None:
@@ -943,6 +943,9 @@ ON_A_FULL_SERVER = {
     "remove",
     "settle",
     "start_worker",
+    "ask",
+    "note_act",
+    "pause",
     "sweep",
     "turn",
     "unawait",

@@ -134,7 +134,7 @@ class Site:
 
     def __init__(self, folder: Path, server: Settings, **settings: Any) -> None:
         self.folder = folder
-        self.namespace = f"test-{uuid.uuid4().hex[:8]}"
+        self.namespace = settings.pop("namespace", f"test-{uuid.uuid4().hex[:8]}")
         #: All of it, as the processes have it.
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("MLQUEUE_") and name != "REDIS_URL"

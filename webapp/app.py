@@ -9,13 +9,16 @@ from flask import Response
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import mlqueue
-from mlqueue.web import create_blueprint, keys
+from mlqueue.web import create_blueprint, create_dashboard, keys
 
 from . import orders, pages
 from .visitors import LOCAL_NAMES, Visitors
 
 #: Where the HTTP interface is.
 API: Final = "/api"
+
+#: Where the dashboard is.
+DASHBOARD: Final = "/dashboard"
 
 #: The largest picture that is taken, in bytes.
 MAX_BODY: Final = 8 * 2**20
@@ -54,6 +57,8 @@ def create_app(mlq: mlqueue.MLQ | None = None) -> flask.Flask:
         mlq, [keys(mlq), visitors.scopes], max_body=MAX_BODY, max_waits=MAX_WAITS, max_streams=MAX_STREAMS
     )
     app.register_blueprint(interface, url_prefix=API)
+    dashboard = create_dashboard(mlq, visitors.scopes, max_streams=MAX_STREAMS)
+    app.register_blueprint(dashboard, url_prefix=DASHBOARD)
     app.register_blueprint(pages.blueprint)
     app.register_blueprint(orders.create_blueprint(mlq))
     if app.config["PROXIES"]:

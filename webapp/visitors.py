@@ -37,8 +37,8 @@ class Visitors:
         """Before each request of a page: who may not see it gets an answer here."""
         request = flask.request
         endpoint = request.endpoint or ""
-        if endpoint.startswith("mlqueue.") or endpoint in ("static", "orders.receive_callback"):
-            return None  # the blueprint asks for itself; the callback brings a token of its own
+        if endpoint.startswith(("mlqueue.", "mlqueue_dashboard.")) or endpoint in ("static", "orders.receive_callback"):
+            return None  # the blueprints ask for themselves; the callback brings a token of its own
         if not self._knows(request):
             return self._refusal()
         if request.method not in SAFE and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):

@@ -42,6 +42,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "logs": Entry("logs", "Show what a job has printed and logged."),
     "result": Entry("result", "Wait for a job and print its result."),
     "stats": Entry("look", "Count jobs, and list the workers."),
+    "top": Entry("top", "Watch queues, workers and jobs: the dashboard in the terminal."),
     "cancel": Entry("steer", "Cancel jobs."),
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
     "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),

@@ -21,6 +21,7 @@ from .call import Call, command
 from .live import status
 from .opening import open_store
 from .text import ago, clean, clean_lines, cut, duration, error_text, iso, on_terminal, progress, table, usage_text
+from .top import EVERY, follow
 from .values import plain
 
 #: How many jobs are asked of the store at once.
@@ -50,6 +51,7 @@ ARGUMENTS = 500
 @click.option("--until", type=types.moment, metavar="TIME", help="Created then or earlier.")
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="How many at most.")
 @click.option("--cursor", type=click.IntRange(0), help="Where to go on; the last page says it.")
+@click.option("--watch", is_flag=True, help="Show them, with queues and workers, again and again: see `mlqueue top`.")
 def jobs(
     call: Call,
     states: tuple[str, ...],
@@ -60,6 +62,7 @@ def jobs(
     until: float | None,
     limit: int,
     cursor: int | None,
+    watch: bool,
 ) -> None:
     """List jobs, newest first.
 
@@ -76,6 +79,9 @@ def jobs(
         "since": since,
         "until": until,
     }
+    if watch:
+        follow(call, store, EVERY, lambda: store.page(**filters, cursor=cursor, limit=limit).jobs)
+        return
     found: list[JobRecord] = []
     while True:
         page = store.page(**filters, cursor=cursor, limit=min(PAGE, limit - len(found)))

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
+import msgpack
+
 from .. import codec
 from ..errors import (
     EncodeError,
@@ -70,6 +72,9 @@ REMOVE_BATCH: Final = 500
 
 #: For how long it is remembered how a pool that prepares batches fares, in seconds.
 POOL_TTL: Final = 15.0
+
+#: How many notes of what people did are kept.
+MOST_ACTS: Final = 1000
 
 #: The states that a job can be forgotten in.
 NOT_RUNNING: Final = tuple(state for state in State if state is not State.RUNNING)
@@ -264,6 +269,13 @@ class WorkerInfo:
     info: dict[str, Any]
     #: Ids of the jobs that it holds.
     jobs: tuple[str, ...]
+    #: What its process takes, as its supervisor measures it: rss (bytes), cpu (of one core), seat, restarts, supervisor
+    #: (process id). Empty where nobody measures.
+    vitals: dict[str, Any] = dataclasses.field(default_factory=dict)
+    #: How many seconds ago that was told; None for never.
+    vitals_age: float | None = None
+    #: What has been asked of it: ``drain``, ``stop``, or nothing.
+    asked: str = ""
 
 
 class Store:
@@ -550,10 +562,17 @@ class Store:
 
     # Looking after workers
 
-    def beat(self, workers: Sequence[str]) -> int:
+    def beat(self, workers: Sequence[str], vitals: Mapping[str, Mapping[str, Any]] | None = None) -> int:
         """Renews the leases of workers; how many jobs wait to be run alone."""
-        answer: int = self._run("beat", milliseconds(self.settings.lease), *workers)
-        return answer
+        return self.tend(workers, vitals).waiting_alone
+
+    def tend(self, workers: Sequence[str], vitals: Mapping[str, Mapping[str, Any]] | None = None) -> Tended:
+        """Renews the leases of workers, tells what their processes take (see `WorkerInfo.vitals`), and hears what is
+        asked of them."""
+        told = vitals or {}
+        parts = [part for name in workers for part in (name, codec.encode(dict(told[name])) if name in told else b"")]
+        waiting, asked = self._run("beat", milliseconds(self.settings.lease), *parts)
+        return Tended(waiting, {name.decode(): what.decode() for name, what in flat(asked).items()})
 
     def release(
         self,
@@ -622,8 +641,11 @@ class Store:
                 lease_left=left / 1000,
                 info=codec.decode(info) if info else {},
                 jobs=tuple(job.decode() for job in jobs),
+                vitals=codec.decode(vitals) if vitals else {},
+                vitals_age=age / 1000 if age >= 0 else None,
+                asked=asked.decode(),
             )
-            for name, left, info, jobs in self._run("workers")
+            for name, left, info, jobs, vitals, age, asked in self._run("workers")
         ]
 
     def held_by(self, worker: str) -> dict[str, int]:
@@ -631,6 +653,41 @@ class Store:
         ids = [job_id.decode() for job_id in self.connector.execute("SMEMBERS", f"{self.root}:h:{worker}")]
         found = zip(ids, self.records(ids), strict=True)
         return {job_id: record.attempt for job_id, record in found if record is not None and record.worker == worker}
+
+    def ask_worker(self, worker: str, what: str) -> bool:
+        """Asks a worker to end: to ``drain`` (it takes no other job, ends when those in hand have, and another process
+        takes its place) or to ``stop`` (its jobs have the drain time, its place stays empty). Its supervisor hears of
+        it with its next beat. False when there is no such worker."""
+        return bool(self._run("ask", worker, what))
+
+    # Looking after queues, and what is told of all that
+
+    def pause(self, queue: str, who: str = "") -> None:
+        """Starts no job of a queue any more, until it is resumed. Those that run go on, and it can be submitted to."""
+        self._run("pause", quote(queue), 1, who)
+
+    def resume(self, queue: str) -> None:
+        """Ends what `pause` began."""
+        self._run("pause", quote(queue), 0, "")
+
+    def paused(self) -> dict[str, Paused]:
+        """The queues that are paused."""
+        found = flat(self.connector.execute("HGETALL", f"{self.root}:paused"))
+        return {unquote(queue): _paused(data) for queue, data in found.items()}
+
+    def course(self) -> list[Moment]:
+        """How the namespace fared over the last hour, oldest first; nothing of the time when no worker was there."""
+        entries = self.connector.execute("LRANGE", f"{self.root}:course", 0, -1)
+        return [Moment(*msgpack.unpackb(entry)) for entry in reversed(entries)]
+
+    def note_act(self, who: str, act: str, what: str) -> None:
+        """Notes what somebody does to the jobs, queues or workers; the last `MOST_ACTS` are kept."""
+        self._run("note_act", who, act, what, MOST_ACTS)
+
+    def acts(self, start: int = 0, limit: int = 100) -> list[Act]:
+        """What was noted, newest first."""
+        entries = self.connector.execute("LRANGE", f"{self.root}:acts", start, start + limit - 1)
+        return [_act(entry) for entry in entries]
 
     # Steering
 
@@ -1219,6 +1276,58 @@ class DeadPlace(NamedTuple):
     id: str
 
 
+class Tended(NamedTuple):
+    """What a beat answered."""
+
+    #: How many jobs wait to be run alone.
+    waiting_alone: int
+    #: Workers of which something is asked, and what.
+    asked: dict[str, str]
+
+
+class Paused(NamedTuple):
+    """That a queue is paused."""
+
+    #: Since when, Unix seconds.
+    since: float
+    #: Who said so.
+    who: str
+
+
+class Moment(NamedTuple):
+    """How the namespace stood at a moment (part_course.lua). Numbers of what happened count from the beginning."""
+
+    at_ms: int
+    queued: int
+    scheduled: int
+    running: int
+    succeeded: int
+    dead: int
+    cancelled: int
+    retries: int
+    #: Attempts whose process died, or whose worker was lost.
+    crashes: int
+    #: Callbacks that were given up.
+    undelivered: int
+    #: How long jobs waited in all, in ms, and how many did; how long attempts ran.
+    waited_ms: int
+    waits: int
+    ran_ms: int
+    runs: int
+
+
+class Act(NamedTuple):
+    """What somebody did."""
+
+    #: Unix seconds.
+    at: float
+    who: str
+    #: A verb: ``cancel``, ``requeue``, ``pause`` ...
+    act: str
+    #: What it was done to.
+    what: str
+
+
 class Sweep(NamedTuple):
     """What a sweep did."""
 
@@ -1243,6 +1352,16 @@ def _batches(packed: Sequence[tuple[bytes, ...]]) -> Iterator[list[tuple[bytes, 
         size += length
     if batch:
         yield batch
+
+
+def _paused(data: bytes) -> Paused:
+    since, who = msgpack.unpackb(data, raw=True)
+    return Paused(since / 1000, who.decode(errors="replace"))
+
+
+def _act(data: bytes) -> Act:
+    at, *texts = msgpack.unpackb(data, raw=True)
+    return Act(at / 1000, *(text.decode(errors="replace") for text in texts))
 
 
 def _body(item: list[Any]) -> bytes:

@@ -25,7 +25,8 @@ except ImportError as error:
 
 from .auth import Principal, keys
 from .blueprint import create_blueprint
+from .dashboard import create_dashboard
 
-__all__ = ["Principal", "create_blueprint", "keys"]
+__all__ = ["Principal", "create_blueprint", "create_dashboard", "keys"]
 
 del _flask

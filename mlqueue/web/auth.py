@@ -24,6 +24,7 @@ __all__ = [
     "FUNCTIONS",
     "READ",
     "SUBMIT",
+    "BearerKeys",
     "Hook",
     "Principal",
     "challenge",
@@ -77,7 +78,11 @@ class BearerKeys:
 
     def __call__(self, request: Request) -> Principal | None:
         token = _token_of(request)
-        key = self._keys.verify(token) if token else None
+        return self.principal_of(token) if token else None
+
+    def principal_of(self, token: str) -> Principal | None:
+        """Who has this key; None when it is none, or has been revoked."""
+        key = self._keys.verify(token)
         return None if key is None else _principal(key)
 
     def recall(self, request: Request) -> tuple[Principal, SeenKey] | None:

@@ -38,7 +38,7 @@ from .problems import answer_of, of_werkzeug
 from .streams import Streams
 from .table import OPERATIONS
 
-__all__ = ["create_blueprint"]
+__all__ = ["HEARTBEAT", "GuardedBlueprint", "admit", "check_path", "create_blueprint", "view_of"]
 
 logger = logging.getLogger("mlqueue.web")
 
@@ -113,20 +113,23 @@ def create_blueprint(
             heartbeat=heartbeat,
         )
 
-    blueprint = _GuardedBlueprint(name, guarded=bool(hooks) or allow_anonymous, mounted=mounted)
+    blueprint = GuardedBlueprint(name, guarded=bool(hooks) or allow_anonymous, mounted=mounted)
     for operation in OPERATIONS:
-        blueprint.add_url_rule(operation.rule, operation.name, _view(operation), methods=[operation.method])
+        blueprint.add_url_rule(operation.rule, operation.name, view_of(operation), methods=[operation.method])
     if cors_origins:
         blueprint.after_request(_allow_origins)
     return blueprint
 
 
-class _GuardedBlueprint(Blueprint):
+class GuardedBlueprint(Blueprint):
     """A blueprint that is not registered unless it is known who may use it."""
 
-    def __init__(self, name: str, *, guarded: bool, mounted: Callable[[str], Mount]) -> None:
+    def __init__(
+        self, name: str, *, guarded: bool, mounted: Callable[[str], Mount], made_by: str = "create_blueprint"
+    ) -> None:
         super().__init__(name, __name__)
         self._guarded = guarded
+        self._made_by = made_by
         self.record(functools.partial(_remember, mounted))
 
     def register(self, app: App, options: dict[str, Any]) -> None:
@@ -134,9 +137,9 @@ class _GuardedBlueprint(Blueprint):
         if not self._guarded:
             raise SettingsError(
                 "this blueprint would let everybody submit jobs and read results. Say who may, in one of three ways: "
-                "create_blueprint(mlq, mlqueue.web.keys(mlq)) takes API keys (`mlqueue key new` makes them); "
-                'create_blueprint(mlq, auth=lambda request: ["read"] if ... else None) asks your own login; '
-                "create_blueprint(mlq, allow_anonymous=True) lets everybody, for a server that nobody else can reach."
+                f"{self._made_by}(mlq, mlqueue.web.keys(mlq)) takes API keys (`mlqueue key new` makes them); "
+                f'{self._made_by}(mlq, auth=lambda request: ["read"] if ... else None) asks your own login; '
+                f"{self._made_by}(mlq, allow_anonymous=True) lets everybody, for a server that nobody else can reach."
             )
         super().register(app, options)
 
@@ -146,7 +149,8 @@ def _remember(mounted: Callable[[str], Mount], state: BlueprintSetupState) -> No
     state.app.extensions.setdefault(EXTENSION, {})[full_name] = mounted(full_name)
 
 
-def _view(operation: Operation) -> Callable[..., Response]:
+def view_of(operation: Operation) -> Callable[..., Response]:
+    """The view of an operation, for the blueprint that the request comes to."""
     names = operation.path_names
 
     def view(**values: Any) -> Response:
@@ -158,8 +162,8 @@ def _view(operation: Operation) -> Callable[..., Response]:
         call = Call(operation, mount, asked, around)
         try:
             try:
-                _admit(call)
-                _check_path(operation, values)
+                admit(call)
+                check_path(operation, values)
                 return operation.function(call, **{name: values[name] for name in names})
             finally:
                 # Nothing is told, no fault in the request either, to who has a key no more. A refusal here takes the
@@ -177,7 +181,7 @@ def _view(operation: Operation) -> Callable[..., Response]:
     return view
 
 
-def _admit(call: Call) -> None:
+def admit(call: Call) -> None:
     """Raises `Unauthorized` or `Forbidden` unless the request may do what it asks for."""
     mount, scope = call.mount, call.operation.scope
     if scope is None:
@@ -196,7 +200,7 @@ def _admit(call: Call) -> None:
         raise Forbidden(f"this needs the scope {scope}; yours are: {has}.")
 
 
-def _check_path(operation: Operation, values: Mapping[str, Any]) -> None:
+def check_path(operation: Operation, values: Mapping[str, Any]) -> None:
     """Raises the error for what is no id or no name, as for one that is not there."""
     for name in operation.path_names:
         schema, what = PATHS[name]

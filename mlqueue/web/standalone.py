@@ -24,6 +24,7 @@ from ..keys import ApiKeys
 from .auth import keys
 from .blueprint import create_blueprint
 from .call import dump
+from .dashboard import create_dashboard
 from .problems import PROBLEM
 
 __all__ = ["AccessLog", "Server", "create_app", "is_loopback", "listen", "needs_keys"]
@@ -67,7 +68,8 @@ class Server(Protocol):
 
 
 def create_app(mlq: MLQ, *, anonymous: bool, **options: Any) -> flask.Flask:
-    """The app: the blueprint at its root, and nothing else but the errors of paths that there are not.
+    """The app: the blueprint at its root, the dashboard beside it, and nothing else but the errors of paths that there
+    are not. A browser that comes to the root is led to the dashboard.
 
     Parameters:
       mlq: The namespace.
@@ -77,9 +79,12 @@ def create_app(mlq: MLQ, *, anonymous: bool, **options: Any) -> flask.Flask:
     app = flask.Flask("mlqueue.web", static_folder=None)
     auth = None if anonymous else keys(mlq)
     app.register_blueprint(create_blueprint(mlq, auth, allow_anonymous=anonymous, **options))
+    streams = options.get("max_streams")
+    dashboard = create_dashboard(mlq, auth, allow_anonymous=anonymous, max_streams=streams)
+    app.register_blueprint(dashboard, url_prefix="/dashboard")
     if anonymous:
         app.config["TRUSTED_HOSTS"] = list(LOCAL_NAMES)
-    app.add_url_rule("/", "root", lambda: flask.redirect(url_for("mlqueue.show_reference")))
+    app.add_url_rule("/", "root", lambda: flask.redirect(url_for("mlqueue_dashboard.show_overview")))
     app.register_error_handler(HTTPException, _problem)
     return app
 

@@ -358,4 +358,9 @@ def _replayed(submitted: Submitted) -> dict[str, str]:
     return {} if submitted.new else {"Idempotent-Replayed": "true"}
 
 
-__all__ = ["post_job", "submit_job", "submit_jobs"]
+def submit_call(call: Call, actor: str, body: Mapping[str, Any]) -> str:
+    """Submits the call of an actor that `body` asks for, as `submit_job` does; the id of the job."""
+    return _enqueue(call, [_called(actor, check(_SUBMIT, body), _published(call, actor))]).ids[0]
+
+
+__all__ = ["post_job", "submit_call", "submit_job", "submit_jobs"]

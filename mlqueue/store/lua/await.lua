@@ -83,6 +83,10 @@ local function startable()
   if (tonumber(call('HGET', jkey(target), 'U')) or math.huge) <= NOW then
     return nil -- its queue timeout is over
   end
+  local paused = call('HGET', wkey, 'pz')
+  if paused and cmsgpack.unpack(paused)[rec.queue] then
+    return nil
+  end
   for i = 8, #ARGV, 2 do
     if ARGV[i] == rec.queue and ARGV[i + 1] == rec.lane then
       local shelf = rec.alone and 'i' or 'q'

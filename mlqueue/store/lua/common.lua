@@ -42,7 +42,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:workers        zset    worker incarnations by the end of their lease
   R:w:WORKER       hash    info (MessagePack, written at its start); o nonce of its last turn, and what that answered:
                            oj jobs, os refusals; dn and dj the same of its last claim of callbacks;
-                           iso the job that it must run alone
+                           iso the job that it must run alone; pz the queues that are paused (as in R:paused);
+                           vit what its process takes (MessagePack), vat when that was told; ask what is asked of it
   R:h:WORKER       set     jobs that it holds: exactly those in state r with w = WORKER
   R:bell:QUEUE:LANE list   doorbell of a lane: at most one token; idle workers block on it
   R:wb:BELL        list    a waiter's or a worker's own bell; tokens say what happened
@@ -59,7 +60,10 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:m              hash    counters (part_counts.lua): e:ACTOR:STATE[:REASON] ends, x:ACTOR crashes, z:ACTOR stalls, o:ACTOR
                            timeouts, y:ACTOR retries, c:STATE tries to deliver callbacks; w:ACTOR:BUCKET and
                            r:ACTOR:BUCKET how long jobs waited and ran, w:ACTOR:sum and r:ACTOR:sum that in ms
-  R:sweep          hash    owner and until: who sweeps; last: when it did
+  R:sweep          hash    owner and until: who sweeps; last: when it did; course: the newest stretch of R:course
+  R:course         list    how the namespace fared, newest first: an entry for each stretch of time (part_course.lua)
+  R:paused         hash    queues of which nothing is started: since when and who said so (MessagePack)
+  R:acts           list    what people did by the dashboard (note_act.lua), newest first, a bounded number
   R:g:UUID         set     children of a group that have completed; R:g:UUID:n holds how many there are
   R:mig            set     jobs that were taken off to be made in another store and have not arrived yet; of each
   R:mig:j:ID       string  what it was (MessagePack, migrate_out.lua). Its chunks stay under R:x

@@ -4,6 +4,14 @@
 call('HSET', R .. ':w:' .. ARGV[1], 'info', ARGV[3])
 call('PERSIST', R .. ':w:' .. ARGV[1])
 call('ZADD', R .. ':workers', NOW + tonumber(ARGV[2]), ARGV[1])
+local paused = call('HKEYS', R .. ':paused')
+if paused[1] then
+  local names = {}
+  for _, name in ipairs(paused) do
+    names[name] = 1
+  end
+  call('HSET', R .. ':w:' .. ARGV[1], 'pz', cmsgpack.pack(names))
+end
 for i = 4, #ARGV, 3 do
   call('HSET', R .. ':actors', ARGV[i], ARGV[i + 1])
   if ARGV[i + 2] ~= '' then

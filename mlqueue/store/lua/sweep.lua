@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create hooks ends history late release remove expire unserved
+-- parts: events counts queue moves promote create hooks ends history late release remove expire unserved course
 -- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
 -- buries what no worker knows the functions of or what has not begun in time, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
@@ -7,7 +7,7 @@
 -- be unknown in ms.
 -- Returns 1 when this sweeper is the elected one, ms until it should come again at the latest, ids and outcomes (flat).
 local key = R .. ':sweep'
-local sweep = call('HMGET', key, 'owner', 'until', 'last')
+local sweep = call('HMGET', key, 'owner', 'until', 'last', 'course')
 if sweep[1] and sweep[1] ~= ARGV[1] and tonumber(sweep[2]) > NOW then
   return { 0, tonumber(sweep[2]) - NOW, {} }
 end
@@ -65,6 +65,11 @@ for _, name in ipairs(call('SRANDMEMBER', R .. ':shelves', 5)) do
   if call('EXISTS', R .. ':s:' .. name) == 0 then
     call('SREM', R .. ':shelves', name)
   end
+end
+local stretch = math.floor(NOW / STRETCH)
+if stretch > tonumber(sweep[4] or 0) then
+  call('HSET', key, 'course', stretch)
+  pcall(note_course) -- whatever is wrong with that, the jobs go on
 end
 local first = call('ZRANGE', R .. ':workers', 0, 0, 'WITHSCORES')
 return { 1, #expired == 2000 and 0 or first[2] and math.max(0, tonumber(first[2]) - NOW) or -1, outcomes }

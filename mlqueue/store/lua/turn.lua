@@ -13,7 +13,7 @@ local wkey, held = R .. ':w:' .. worker, R .. ':h:' .. worker
 if poke then
   ring_own(worker, 'p')
 end
-local state = call('HMGET', wkey, 'o', 'oj', 'os', 'info', 'iso')
+local state = call('HMGET', wkey, 'o', 'oj', 'os', 'info', 'iso', 'pz')
 local known = state[4] and 1 or 0
 if known == 1 then
   call('ZADD', R .. ':workers', NOW + lease, worker)
@@ -32,13 +32,15 @@ end
 local refused = settle(7 + 2 * nlanes, #ARGV)
 local next_due = promote(128)
 local left = 0
+-- The queues that are paused: nothing is started of them (pause.lua).
+local paused = state[6] and cmsgpack.unpack(state[6])
 
 local function heads(shelf)
   local found = {}
   for i = 1, nlanes do
     local key = R .. ':s:' .. shelf .. ':' .. ARGV[5 + 2 * i] .. ':' .. ARGV[6 + 2 * i]
     local head = call('ZRANGE', key, 0, 0, 'WITHSCORES')
-    if head[1] then
+    if head[1] and not (paused and paused[ARGV[5 + 2 * i]]) then
       found[#found + 1] = { key = key, score = tonumber(head[2]), lane = i }
     end
   end

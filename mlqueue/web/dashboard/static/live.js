@@ -1,0 +1,109 @@
+// Keeps a page up to date: it is fetched again, and what has changed in it is changed in place. One request at a time,
+// none while nobody looks, less and less often while the server does not answer.
+
+let every = 0;
+let failures = 0;
+let timer = 0;
+let running = null;
+let again = false;
+let etag = "";
+
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && every) refresh();
+});
+
+export function keepFresh(milliseconds) {
+  every = milliseconds;
+  if (every) {
+    show(true);
+    plan();
+  }
+}
+
+// Says whether what is seen is as it stands.
+export function show(well) {
+  const sign = document.getElementById("live");
+  sign.hidden = false;
+  sign.classList.toggle("off", !well);
+  sign.querySelector("span").textContent = well ? "live" : "no answer";
+}
+
+function plan() {
+  clearTimeout(timer);
+  if (every && !document.hidden) timer = setTimeout(refresh, every * Math.min(2 ** failures, 16));
+}
+
+// Fetches the page again; while that goes on already, once more behind it.
+export function refresh() {
+  if (running) {
+    again = true;
+    return running;
+  }
+  running = load().finally(() => {
+    running = null;
+    if (again) {
+      again = false;
+      setTimeout(refresh, 150);
+    }
+    plan();
+  });
+  return running;
+}
+
+async function load() {
+  try {
+    const headers = etag ? { "If-None-Match": etag } : {};
+    const answer = await fetch(location.href, { headers, cache: "no-store", credentials: "same-origin" });
+    if (answer.status !== 304) {
+      if (!answer.ok || answer.redirected) throw new Error(String(answer.status));
+      etag = answer.headers.get("ETag") || "";
+      apply(new DOMParser().parseFromString(await answer.text(), "text/html"));
+    }
+    failures = 0;
+    show(true);
+  } catch {
+    failures += 1;
+    show(false);
+  }
+}
+
+function apply(fresh) {
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const other = fresh.getElementById(part.id);
+    if (other) become(part, other);
+  }
+  document.dispatchEvent(new CustomEvent("fresh", { detail: fresh.body.dataset }));
+}
+
+// Makes a part of the page what another one is. What somebody has opened, checked or written stays as he has it.
+export function become(old, fresh) {
+  if (old.isEqualNode(fresh)) return;
+  for (const { name } of [...old.attributes]) {
+    if (!fresh.hasAttribute(name) && !(name === "open" && old.tagName === "DETAILS")) old.removeAttribute(name);
+  }
+  for (const { name, value } of fresh.attributes) {
+    if (name === "open" && old.tagName === "DETAILS") continue;
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  const wanted = [...fresh.childNodes];
+  const keyed = new Map([...old.children].filter((child) => child.id).map((child) => [child.id, child]));
+  let at = old.firstChild;
+  for (const next of wanted) {
+    let same = next.nodeType === 1 && next.id ? keyed.get(next.id) : null;
+    if (!same && at && at.nodeType === next.nodeType && at.nodeName === next.nodeName && !(at.id || next.id)) same = at;
+    if (!same) {
+      old.insertBefore(document.importNode(next, true), at);
+      continue;
+    }
+    if (same === at) at = at.nextSibling;
+    else old.insertBefore(same, at);
+    if (same.nodeType === 1) become(same, next);
+    else if (same.nodeValue !== next.nodeValue) same.nodeValue = next.nodeValue;
+  }
+  while (at) {
+    const next = at.nextSibling;
+    // The tip of a chart is none of the page's.
+    if (!(at.nodeType === 1 && at.hasAttribute("data-own"))) at.remove();
+    at = next;
+  }
+}

@@ -1,0 +1,347 @@
+"""The dashboard in a real Chromium: each page at three widths, light and dark, and each act by clicks, on a live system
+with real workers. Without Chromium (or Playwright) these are skipped; CI installs both."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from typing import Any, NamedTuple
+
+import pytest
+from dashboard_site import PAGES, Look, fill, looking, remember_an_hour
+from support import eventually
+
+from mlqueue import State
+from mlqueue.testing import temporary_server
+from mlqueue.web.dashboard import job as job_page
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+#: How long anything may take in the browser, in milliseconds.
+PATIENCE_MS = 20_000
+
+WIDTHS = (390, 1024, 1600)
+
+
+class Tab(NamedTuple):
+    """A page, and what went wrong in it."""
+
+    page: Any
+    errors: list[str]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> None:
+    """Not looked for here: what serves these tests lives as long as the module."""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def look(chromium: Any) -> Iterator[Look]:
+    """A dashboard with workers. Made behind the browser, so that the tests begin at once."""
+    with temporary_server() as settings, looking(settings, threads=16) as look:
+        yield look
+
+
+@pytest.fixture(scope="module")
+def ids(look: Look) -> dict[str, str]:
+    """Jobs of all kinds. Those that train last for the time of these tests."""
+    return fill(look.mlq)
+
+
+def opened(chromium: Any, **options: Any) -> Tab:
+    context = chromium.new_context(**options)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda told: told.type in ("error", "warning") and errors.append(told.text))
+    page.on("dialog", lambda dialog: errors.append(dialog.message))
+    return Tab(page, errors)
+
+
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    """A page, which must be without errors at the end."""
+    tab = opened(chromium, viewport={"width": 1280, "height": 900})
+    yield tab.page
+    tab.page.context.close()
+    # That a request is refused is told there, too, and is no error of the page.
+    assert [] == [error for error in tab.errors if "Failed to load" not in error]
+
+
+def becomes(page: Any, condition: str, seconds: float = PATIENCE_MS / 1000) -> None:
+    """Waits until a condition of JavaScript holds. Not in the page, whose policy forbids it to evaluate texts."""
+    eventually(lambda: page.evaluate(condition), seconds)
+
+
+def is_the_same_page(page: Any) -> bool:
+    """Whether it has not been loaded anew since `mark`."""
+    return bool(page.evaluate("window.marked === true"))
+
+
+def mark(page: Any) -> None:
+    page.evaluate("window.marked = true")
+
+
+# Looks
+
+
+#: What axe looks at, by width: everything on a telephone; what depends on the colours in the dark.
+RULES = {390: None, 1600: ["color-contrast"]}
+
+#: Pages that it need not look at, since others are made of the same parts; and in the dark those that it looks at.
+ALIKE = {"job-image", "job-array", "job-queued"}
+IN_THE_DARK = {"overview", "job-dead", "queues", "submit-train"}
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1024, "light"), (1600, "dark")])
+def test_each_page_fits_and_can_be_used_by_everybody(
+    chromium: Any, look: Look, ids: dict[str, str], width: int, scheme: str
+) -> None:
+    pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    source = (resources.files("axe_playwright_python") / "axe.min.js").read_text()
+    remember_an_hour(look.mlq)
+    tab = opened(chromium, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    faults = []
+    for name, path in PAGES.items():
+        # Of the list some rows say as much as fifty.
+        few = "?tag=resnet" if name == "jobs" and width == 390 else ""
+        tab.page.goto(look.url + path.format(**ids) + few)
+        # Nothing but the page itself scrolls sideways.
+        wide = tab.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        if wide > 0:
+            faults.append((name, f"{wide} pixels too wide"))
+        if (width == 390 and name not in ALIKE) or (scheme == "dark" and name in IN_THE_DARK):
+            tab.page.evaluate(source)
+            options = {"resultTypes": ["violations"], **({"runOnly": RULES[width]} if RULES[width] else {})}
+            for found in tab.page.evaluate("options => axe.run(options)", options)["violations"]:
+                faults.append((name, found["id"], [node["target"] for node in found["nodes"]][:3]))
+    tab.page.context.close()
+    assert "" == "\n".join(map(str, faults))
+    assert [] == tab.errors
+
+
+def test_pages_load_nothing_from_elsewhere_and_little(chromium: Any, look: Look, ids: dict[str, str]) -> None:
+    tab = opened(chromium)
+    sizes: dict[str, int] = {}
+    tab.page.on(
+        "response",
+        lambda answer: sizes.__setitem__(answer.url, len(answer.body())) if "/events" not in answer.url else None,
+    )
+    tab.page.goto(f"{look.url}/jobs", wait_until="load")
+    assert all(url.startswith(look.url) for url in sizes)
+    assert sum(sizes.values()) < 150_000, sizes
+    tab.page.context.close()
+
+
+# Acts
+
+
+def test_a_job_is_submitted_watched_without_a_reload_and_cancelled(look: Look, page: Any) -> None:
+    page.goto(look.url)
+    page.click("nav >> text=Submit")
+    page.click("text=Echoes")
+    page.fill("[name='arg.value']", "<b>said</b>")
+    page.click("button:text-is('Submit')")
+    page.wait_for_selector(".acts .chip.succeeded")
+    assert "<b>said</b>" in page.inner_text("#values")
+
+    page.goto(f"{look.url}/actors/steps")
+    page.fill("[name='arg.seconds']", "20")
+    page.click("button:text-is('Submit')")
+    page.wait_for_selector(".acts .chip.running")
+    mark(page)
+    becomes(page, "document.querySelector('#how progress')?.value > 0")
+    first = page.evaluate("document.querySelector('#how progress').value")
+    becomes(page, f"document.querySelector('#how progress').value > {first}")
+    assert "step" in page.inner_text("#note")
+    becomes(page, "document.getElementById('live').textContent.includes('live')")
+
+    look.cut()
+    becomes(page, "document.getElementById('live').classList.contains('off')")
+    second = page.evaluate("document.querySelector('#how progress').value")
+    becomes(page, f"document.querySelector('#how progress').value > {second}")
+    assert is_the_same_page(page)
+
+    page.click("button:text-is('Cancel')")
+    page.wait_for_selector(".acts .chip.cancelled")
+    assert "Cancelled" in page.inner_text("#how")
+
+
+def test_a_job_is_followed_where_there_are_no_streams(look: Look, page: Any) -> None:
+    page.route("**/events", lambda route: route.fulfill(status=503, body="{}"))
+    job = look.mlq.submit("steps", 3.0)
+    page.goto(f"{look.url}/jobs/{job.id}")
+    mark(page)
+    page.wait_for_selector(".acts .chip.succeeded")
+    assert is_the_same_page(page)
+
+
+def test_the_list_moves_in_place_and_keeps_what_was_selected(look: Look, page: Any) -> None:
+    job, other = look.mlq.submit("steps", 3.0, tags=["mine"]), look.mlq.submit("later", delay=60, tags=["mine"])
+    page.goto(f"{look.url}/jobs?tag=mine")
+    mark(page)
+    page.check(f"input[value='{other.id}']")
+    page.wait_for_selector(f"#row-{job.id} .chip.running")
+    page.wait_for_selector(f"#row-{job.id} .chip.succeeded")
+    assert is_the_same_page(page)
+    assert page.is_checked(f"input[value='{other.id}']")
+    page.click("text=Cancel selected")
+    assert "Cancelled: 1." in page.inner_text("[role=status]")
+    assert State.CANCELLED is other.state
+    page.goto(f"{look.url}/jobs?tag=mine&state=cancelled")
+    page.check("[data-all]")
+    page.click("text=Retry selected")
+    assert State.QUEUED is other.state
+    look.mlq.store.cancel(other.id)
+
+
+def test_a_dead_letter_is_mended_and_then_done(look: Look, page: Any) -> None:
+    job = look.mlq.submit("embed", " ", 8)
+    eventually(lambda: job.state is State.DEAD)
+    page.goto(f"{look.url}/jobs/{job.id}")
+    assert "text is empty" in page.inner_text(".error-card")
+    page.click("text=Mend and requeue")
+    page.fill("[name='arg.0']", '"now there is some"')
+    page.click("button:text-is('Requeue')")
+    page.wait_for_selector(".acts .chip.succeeded")
+    page.wait_for_selector(".plot")
+    page.click("nav >> text=Changes")
+    assert f"{job.id}, with other argument 1" in page.inner_text("tbody tr:first-child")
+
+
+def test_what_died_of_the_same_is_put_back_and_forgotten(look: Look, page: Any) -> None:
+    for number in range(3):
+        look.mlq.submit("fails", number)
+    eventually(lambda: look.mlq.dead_letters.count(actor="fails") == 3)
+    page.goto(f"{look.url}/dead?actor=fails")
+    assert "3" == page.inner_text(".groups .n")
+    page.click("button:text-is('Requeue')")
+    assert "Back in the queue: 3." in page.inner_text("[role=status]")
+    eventually(lambda: look.mlq.dead_letters.count(actor="fails") == 3)
+    page.goto(f"{look.url}/dead?actor=fails")
+    page.click("button:has-text('Purge')")
+    page.click("button:text-is('Forget them')")
+    assert "Forgotten: 3." in page.inner_text("[role=status]")
+
+
+def test_a_queue_is_paused_and_resumed(look: Look, page: Any) -> None:
+    page.goto(f"{look.url}/queues")
+    queue = page.locator("[aria-label='Queue side']")
+    queue.locator("button:text-is('Pause')").click()
+    page.wait_for_selector("[aria-label='Queue side'] .badge.warn")
+    job = look.mlq.submit("aside")
+    page.goto(f"{look.url}/jobs/{job.id}")
+    assert "The queue side is paused." in page.inner_text(".why")
+    mark(page)
+    other = page.context.new_page()
+    other.goto(f"{look.url}/queues")
+    other.locator("[aria-label='Queue side'] button:text-is('Resume')").click()
+    page.wait_for_selector(".acts .chip.succeeded")
+    assert is_the_same_page(page)
+
+
+def test_the_curves_and_the_log_of_a_job_grow(look: Look, page: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_page.others, "loadable", lambda visit, what, job_id: f"{visit.jobs_url}/{job_id}/{what}")
+    steps: list[dict[str, Any]] = []
+
+    def tell(route: Any) -> None:
+        steps.append({"step": len(steps), "loss": 1 / (len(steps) + 1), "<i>acc</i>": len(steps)})
+        route.fulfill(json={"metrics": steps})
+
+    page.route("**/metrics", tell)
+    page.route(
+        "**/logs",
+        lambda route: route.fulfill(json={"lines": ["<script>1</script>", {"level": "INFO", "message": "x"}]}),
+    )
+    job = look.mlq.submit("steps", 6.0)
+    page.goto(f"{look.url}/jobs/{job.id}")
+    becomes(page, "(document.querySelector('[data-name=loss] .line')?.getAttribute('d') || '').split(' ').length > 2")
+    assert "<i>acc</i>" in page.inner_text("#metrics-panel")
+    assert "<script>1</script>\nINFO  x" == page.inner_text("#logs-panel pre")
+    page.hover("[data-name=loss] .frame")
+    assert "step" in page.inner_text(".tip")
+    look.mlq.store.cancel(job.id)
+
+
+def test_without_scripts_all_works(chromium: Any, look: Look) -> None:
+    tab = opened(chromium, java_script_enabled=False)
+    job = look.mlq.submit("later", delay=600, tags=["still"])
+    tab.page.goto(f"{look.url}/jobs?tag=still")
+    tab.page.click(f"#row-{job.id} a.id")
+    tab.page.click("button:text-is('Cancel')")
+    assert "cancelled" in tab.page.inner_text(".acts .chip")
+    tab.page.goto(look.url)
+    assert 4 == tab.page.locator(".chart svg").count()
+    tab.page.context.close()
+
+
+def test_a_worker_is_drained(look: Look, page: Any) -> None:
+    page.goto(f"{look.url}/workers")
+    pids = set(re.findall(r"pid (\d+)", page.inner_text("table")))
+    assert 2 == len(pids)
+    mark(page)
+    idle = next(worker.info["pid"] for worker in look.mlq.store.workers() if worker.info)
+    page.locator("tr", has_text=f"pid {idle}").locator("button:text-is('Drain')").click()
+    assert "is asked" in page.inner_text("[role=status]")
+    look.mlq.store.cancel(look.mlq.submit("later", delay=60).id)
+    eventually(lambda: all("drain" == w.asked or w.info.get("pid") != idle for w in look.mlq.store.workers()))
+    for record in look.mlq.jobs(state="running").jobs:
+        look.mlq.store.cancel(record.id)
+    eventually(lambda: str(idle) not in page.inner_text("main"), 30)
+
+
+# What is made to run
+
+EVIL = [
+    "<script>fetch('/ran')</script>",
+    "\"><img src=/ran onerror=fetch('/ran')>",
+    "</textarea></pre></title><svg/onload=fetch('/ran')>",
+    "' autofocus onfocus=fetch('/ran') x='",
+    "javascript:fetch('/ran')",
+]
+
+
+def test_nothing_that_a_job_carries_runs(chromium: Any, look: Look) -> None:
+    for text in EVIL:
+        look.mlq.submit("carries", text, tags=[text[:100]], callback="http://127.0.0.1:9/" + text.replace(" ", ""))
+        look.mlq.submit("carries", text, fail=False, more={text: [text, {text: text}]})
+        look.mlq.submit(text[:100], delay=600, queue_name=text[:100])
+        look.mlq.store.note_act(text, text, text)
+    ended = (State.SUCCEEDED, State.DEAD)
+    eventually(lambda: len(look.mlq.jobs(actor="carries", state=ended, limit=100).jobs) == 2 * len(EVIL))
+    tab = opened(chromium)
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url))
+    records = look.mlq.jobs(actor="carries", limit=100).jobs
+    paths = [
+        "/",
+        "/jobs",
+        "/jobs?actor=carries",
+        "/dead",
+        "/dead/letters",
+        "/queues",
+        "/callbacks",
+        "/acts",
+        "/workers",
+    ]
+    paths += [f"/jobs/{record.id}" for record in records]
+    paths += [f"/dead/{record.id}" for record in records if record.state is State.DEAD]
+    for path in paths:
+        tab.page.goto(look.url + path)
+    tab.page.context.close()
+    assert [] == tab.errors
+    assert [] == [url for url in asked if "/ran" in url and "/jobs/" not in url]
