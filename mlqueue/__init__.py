@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         InvalidJob,
         InvalidTransition,
         JobCancelled,
+        JobExists,
         JobFailed,
         JobNotFound,
         KeyReused,
@@ -62,7 +63,9 @@ if TYPE_CHECKING:
     )
     from .handle import Job, JobEvent
     from .job import DeadReason, JobRecord, Result, State
+    from .limits import Limit, Limits
     from .settings import Settings
+    from .why import Why
 
 __version__ = "0.1.0"
 
@@ -89,10 +92,13 @@ __all__ = [
     "Job",
     "JobCancelled",
     "JobEvent",
+    "JobExists",
     "JobFailed",
     "JobNotFound",
     "JobRecord",
     "KeyReused",
+    "Limit",
+    "Limits",
     "MLQueueError",
     "MissingDependency",
     "NoCurrentJob",
@@ -115,6 +121,7 @@ __all__ = [
     "Unauthorized",
     "UnsupportedBody",
     "WaitCycle",
+    "Why",
     "current_job",
     "instances",
 ]
@@ -153,6 +160,7 @@ _HOMES = {
         "InvalidJob",
         "InvalidTransition",
         "JobCancelled",
+        "JobExists",
         "JobFailed",
         "JobNotFound",
         "KeyReused",
@@ -185,7 +193,12 @@ _HOMES = {
         "Result",
         "State",
     ),
+    "limits": (
+        "Limit",
+        "Limits",
+    ),
     "settings": ("Settings",),
+    "why": ("Why",),
 }
 
 

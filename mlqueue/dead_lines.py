@@ -66,6 +66,8 @@ EXPORTED: Final = (
     "job_timeout",
     "max_crashes",
     "max_stalls",
+    "concurrency_key",
+    "fair_by",
     "has_checkpoint",
 )
 
@@ -79,6 +81,8 @@ OPTIONS: Final = (
     "job_timeout",
     "max_crashes",
     "max_stalls",
+    "concurrency_key",
+    "fair_by",
 )
 
 

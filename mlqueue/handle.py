@@ -16,6 +16,7 @@ from .nested import await_end, wait_end
 from .store import Store
 from .store.store import Outcome
 from .waiting import changes
+from .why import Why, why
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -158,6 +159,10 @@ class Job(Generic[R_co]):
         """
         refuse_on_event_loop("events")
         return events_of(self._brief() for _ in changes(self._store, self.id, seconds(timeout, "timeout")))
+
+    def why(self) -> Why:
+        """Why the job does not run: ``str()`` of it is a sentence. Raises `JobNotFound`."""
+        return why(self._store, self.id)
 
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""

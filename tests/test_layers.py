@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("settings", "codec", "job", "embedded", "schema"),
     ("store", "encoder"),
     ("message", "waiting", "events", "delivery", "heartbeat", "keys", "data", "signing"),
-    ("progress", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines"),
+    ("progress", "limits", "why", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines"),
     ("beside", "client_http"),
     ("nested", "client_events"),
     ("handle", "dead_letters"),
@@ -219,7 +219,8 @@ def public(kind: type) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", [mlqueue.MLQ, mlqueue.Actor, mlqueue.Job, mlqueue.CurrentJob, mlqueue.Data, mlqueue.DeadLetters]
+    "kind",
+    [mlqueue.MLQ, mlqueue.Actor, mlqueue.Job, mlqueue.CurrentJob, mlqueue.Data, mlqueue.DeadLetters, mlqueue.Limits],
 )
 def test_public_methods_stand_in_the_reference(kind: type) -> None:
     text = (ROOT / "docs/reference/python.md").read_text()

@@ -921,7 +921,7 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"count", "dead", "events", "list", "oldest", "read", "workers"}
+READERS = {"count", "dead", "events", "limits", "list", "oldest", "read", "why", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",
@@ -930,6 +930,8 @@ ON_A_FULL_SERVER = {
     "claim",
     "drop_data",
     "flush",
+    "limit",
+    "limit_actors",
     "listen",
     "note_callback",
     "release",

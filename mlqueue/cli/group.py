@@ -41,6 +41,8 @@ COMMANDS: Final[dict[str, Entry]] = {
     "stats": Entry("look", "Count jobs, and list the workers."),
     "cancel": Entry("steer", "Cancel jobs."),
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
+    "why": Entry("limit", "Say why a job does not run."),
+    "limit": Entry("limit", "Limits: how many jobs that need the same thing run at a time."),
     "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),
     "clear": Entry("clear", "Forget jobs that do not run."),
     "key": Entry("key", "API keys of the HTTP interface: make, list and revoke them."),

@@ -155,6 +155,10 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     yield "tags", ", ".join(record.tags)
     yield "parent", record.parent
     yield "waits for", record.waits_for
+    yield "slots", ", ".join(f"{name} {' '.join(map(str, slots))}" for name, slots in record.slots.items())
+    yield "limited by", record.concurrency_key
+    yield "turn of", record.fair_by
+    yield "unique", record.unique_key
     yield "callback", record.callback and f"{record.callback}  ({record.callback_state or 'when it has ended'})"
     yield "progress", progress(record)
     for name, moment in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Annotated, Any, Final, NotRequired, TypedDict
+from typing import Annotated, Any, Final, Literal, NotRequired, TypedDict
 
 from ..job import JobRecord
 from ..schema import Limits, schema_of
@@ -17,6 +17,20 @@ Delay = Annotated[float, "Seconds until the job may start.", Limits(ge=0, le=1e1
 Priority = Annotated[int, "Lower runs first.", Limits(ge=-1000, le=1000)]
 Tag = Annotated[str, Limits(min_length=1, max_length=100)]
 Tags = Annotated[list[Tag], "Texts to find the job by.", Limits(max_length=20)]
+Key = Annotated[str, Limits(min_length=1, max_length=200)]
+ConcurrencyKey = Annotated[
+    Key, "Of the actor's jobs with the same key only so many run at a time as its `concurrency` says."
+]
+FairBy = Annotated[Key, "Jobs of each value have their turn; `tag:PREFIX` is the tag that begins so."]
+UniqueKey = Annotated[Key, "Of the actor's jobs with this key there is one: another is answered with it."]
+UniqueFor = Annotated[
+    Literal["queued", "active"] | Annotated[float, Limits(ge=0.001, le=1e9)],
+    "While it waits (`queued`), until it has ended (`active`, the default), or for so many seconds.",
+]
+UniquePolicy = Annotated[
+    Literal["return", "reject", "replace"],
+    "What becomes of another: it is answered with the one that is there, is 409, or ends that one.",
+]
 Function = Annotated[str, Limits(min_length=1, max_length=200)]
 Functions = Annotated[
     list[Function],
@@ -32,6 +46,11 @@ class Options(TypedDict, total=False):
     delay: Delay | None
     priority: Priority | None
     tags: Tags | None
+    concurrency_key: ConcurrencyKey | None
+    fair_by: FairBy | None
+    unique_key: UniqueKey | None
+    unique_for: UniqueFor | None
+    unique_policy: UniquePolicy | None
 
 
 #: The names of the options.

@@ -51,10 +51,24 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:g:UUID         set     children of a group that have completed; R:g:UUID:n holds how many there are
   R:data:KEY       hash    what jobs stored for each other: v value, or n number of chunks; z size, g generation
   R:data:KEY:G:I   string  chunk I of generation G of it
+  R:lim            hash    how many slots limits have: NAME what was set by hand, ~NAME what a worker has told
+  R:lim:a          hash    limits of actors (MessagePack): resources as {name, how many}, 1 when so many jobs run at a time
+  R:lim:s:NAME     hash    the slots of a limit that are in use: who holds each, "ID ATTEMPT"
+  R:lim:used       set     names of limits of which slots are in use
+  R:lim:next:NAME  string  place and need of the job that was called when a slot became free, for a moment
+  R:lim:lent       hash    jobs that may be lent slots, by those who wait for them: who does
+  R:park           set     names of limits that somebody waits for
+  R:park:NAME      zset    who waits for a limit: "QUEUE:LANE", or "QUEUE:LANE GROUP" with the group's turn
+  R:fair:g:LANE:GROUP zset  waiting jobs of a group, scored as in their shelf; LANE is QUEUE:LANE
+  R:fair:t:LANE    zset    the groups of a lane that may start a job, by their turn
+  R:fair:n         hash    how many turns there were in each lane
+  R:uk:ACTOR:KEY   string  the job that came with a unique key last
   R:datas          zset    the keys of such data (quoted) by the time when they expire, +inf for never
 
 A lane holds the jobs that the same workers can run: it is the actor's name, or the actor's name, "|" and a list of
 functions. A worker asks for lanes that it can run, so a job that nobody can run blocks nothing.
+
+Where jobs take turns the lane ends in "@", behind its "|": "train|@" (part_limits.lua).
 
 A callback is a job of its own, in the queue mlqueue.callbacks: the script that ends a job creates it (its id is the
 job's, ".cb" and the job's number, its parent the job), and workers deliver it beside their threads.
@@ -66,6 +80,7 @@ u started, f finished, v progress value (MessagePack), V progress note, r result
 was asked for, P parent, G tags (MessagePack), T result ttl in ms (-1 for ever), X most crashes, Z most stalls,
 W 1 while somebody waits (R:wt:ID), K 1 while there is a checkpoint, C 1 when it has a callback (R:cb:ID), J timeout in
 ms, O timeouts so far, A the job that it waits for, h how its cancelling ended it,
+H slots that it holds (MessagePack), E its group (concurrency key, "/", what it takes turns by), D its unique key,
 M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.
 
 States: q queued (also in shelf i: queued, to be run alone), w scheduled, r running, s succeeded, d dead, c cancelled.

@@ -1,5 +1,5 @@
 #!lua
--- parts: events queue create
+-- parts: events queue limits create
 -- ARGV: one packed job each. Returns for each 1 (created), 0 (the id existed) or the error's text.
 local answer = {}
 for i = 1, #ARGV do

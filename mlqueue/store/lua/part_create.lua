@@ -1,11 +1,16 @@
 -- Creating jobs.
 
+-- part_unique.lua
+local claim_unique = nil
+
 -- A body of more bytes has a key of its own.
 local INLINE = 64
 
 -- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
--- most stalls, callback's URL, timeout in ms.
--- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
+-- most stalls, callback's URL, timeout in ms, group (its concurrency key, "/", what it takes turns by), unique (key, how
+-- long it is unique, what to do with another).
+-- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent), or what `claim_unique`
+-- says.
 local function create(item)
   local id, queue, actor, lane, priority = item[1], item[2], item[3], item[4], item[5]
   local delay, due, body, ttl, tags = item[6], item[7], item[8], item[9], item[11]
@@ -15,6 +20,10 @@ local function create(item)
   local key = jkey(id)
   if call('EXISTS', key) == 1 then
     return 0
+  end
+  local only = item[17] and claim_unique(item)
+  if only then
+    return only
   end
   local rec = {
     state = '-', queue = queue, actor = actor, lane = lane, priority = priority, number = call('INCR', R .. ':seq'),
@@ -35,6 +44,11 @@ local function create(item)
     also('C', 1)
   end
   if item[15] then also('J', item[15]) end
+  if item[16] then
+    rec.group = item[16]
+    also('E', item[16])
+  end
+  if item[17] then also('D', item[17][1]) end
   if #body <= INLINE then
     also('b', body)
   else

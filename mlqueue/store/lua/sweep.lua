@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create ends history release remove late unserved
+-- parts: events counts queue limits moves promote create ends history release remove late unserved
 -- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
 -- buries what no worker knows the functions of, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
@@ -30,6 +30,9 @@ end
 take_back_late(outcomes, tonumber(ARGV[6]))
 bury_unserved(outcomes, tonumber(ARGV[9]))
 write_ends()
+if limits() then
+  limited.mend()
+end
 write_counts()
 promote(1000)
 local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
