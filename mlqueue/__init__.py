@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         InvalidJob,
         InvalidTransition,
         JobCancelled,
+        JobExists,
         JobFailed,
         JobNotFound,
         KeyReused,
@@ -64,8 +65,10 @@ if TYPE_CHECKING:
     from .functions import PostedFunction, sign_function
     from .handle import Job, JobEvent
     from .job import DeadReason, JobRecord, LogLine, Metric, Point, Result, State, Usage
+    from .limits import Limit, Limits
     from .settings import Settings
     from .webhooks import Webhook
+    from .why import Why
 
 __version__ = "0.1.0"
 
@@ -93,10 +96,13 @@ __all__ = [
     "Job",
     "JobCancelled",
     "JobEvent",
+    "JobExists",
     "JobFailed",
     "JobNotFound",
     "JobRecord",
     "KeyReused",
+    "Limit",
+    "Limits",
     "LogLine",
     "MLQueueError",
     "Metric",
@@ -125,6 +131,7 @@ __all__ = [
     "Usage",
     "WaitCycle",
     "Webhook",
+    "Why",
     "current_job",
     "instances",
     "sign_function",
@@ -165,6 +172,7 @@ _HOMES = {
         "InvalidJob",
         "InvalidTransition",
         "JobCancelled",
+        "JobExists",
         "JobFailed",
         "JobNotFound",
         "KeyReused",
@@ -205,8 +213,13 @@ _HOMES = {
         "State",
         "Usage",
     ),
+    "limits": (
+        "Limit",
+        "Limits",
+    ),
     "settings": ("Settings",),
     "webhooks": ("Webhook",),
+    "why": ("Why",),
 }
 
 

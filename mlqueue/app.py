@@ -23,6 +23,7 @@ from .errors import FunctionNotFound, InvalidJob, SettingsError
 from .functions import DEFAULT_NAMESPACE, Functions, PostedFunction
 from .handle import Job
 from .job import State, check_id, new_id, seconds, timestamp
+from .limits import Limits
 from .listeners import QUEUE, Listeners
 from .message import LISTENER, OPTION_CHECKS
 from .named import BATCHES, NamedSource, serving_actor
@@ -52,6 +53,11 @@ SUBMIT_OPTIONS: Final = frozenset(
         "hard_time_limit",
         "callback",
         "webhook",
+        "concurrency_key",
+        "fair_by",
+        "unique_key",
+        "unique_for",
+        "unique_policy",
     }
 )
 
@@ -98,10 +104,12 @@ class Actor(dramatiq.Actor[P, R]):
         """Submits a job with these arguments. It exists in the store when this returns.
 
         ``delay`` (seconds), ``eta``, ``job_id``, ``tags``, ``priority``, ``result_ttl``, ``max_crashes``,
-        ``max_stalls``, ``job_timeout``, ``queue_timeout``, ``hard_time_limit`` (seconds), ``callback`` (a URL) and
-        ``webhook`` (a URL or a `Webhook`) among the keywords are options of the job, unless the actor has a parameter
-        of that name; where a type checker should see both, use `with_options`. Raises `InvalidJob` for arguments that
-        the actor does not take, `EncodeError` for values that cannot be sent, `StoreUnavailable`.
+        ``max_stalls``, ``job_timeout``, ``queue_timeout``, ``hard_time_limit`` (seconds), ``callback`` (a URL),
+        ``webhook`` (a URL or a `Webhook`), ``concurrency_key``, ``fair_by``, ``unique_key``, ``unique_for`` and
+        ``unique_policy`` among the keywords are options of the job, unless the actor has a parameter of that name;
+        where a type checker should see both, use `with_options`. With a unique key the job may be one that is there
+        already. Raises `InvalidJob` for arguments that the actor does not take, `EncodeError` for values that cannot be
+        sent, `JobExists` for a unique job that is to be rejected, `StoreUnavailable`.
         """
         options = {name: kwargs.pop(name) for name in self._submit_options.intersection(kwargs)}
         return BoundOptions(self, options).submit(*args, **kwargs)
@@ -169,8 +177,7 @@ class BoundOptions(Generic[P, R]):
         """Submits a job; see `Actor.submit`."""
         broker = cast(StoreBroker, self._actor.broker)
         message, delay = self._message(args, kwargs)
-        broker.enqueue(message, delay=delay)
-        return Job(broker.store, message.message_id)
+        return Job(broker.store, broker.enqueue(message, delay=delay).message_id)
 
     def submit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]]) -> list[Job[R]]:
         """Submits many jobs; see `Actor.submit_many`."""
@@ -182,8 +189,7 @@ class BoundOptions(Generic[P, R]):
             args, kwargs = _as_call(call, index)
             message, delay = self._message(args, kwargs)
             messages.append(message)
-        broker.enqueue_many(messages, delay=delay)
-        return [Job(broker.store, message.message_id) for message in messages]
+        return [Job(broker.store, message.message_id) for message in broker.enqueue_many(messages, delay=delay)]
 
     def _message(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Message[R], int | None]:
         self._actor.check_arguments(args, kwargs)
@@ -222,6 +228,8 @@ def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | N
     for name in ("result_ttl", "job_timeout", "queue_timeout", "hard_time_limit"):
         if rest.get(name) is not None:
             rest[name] = seconds(rest[name], name)
+    if isinstance(rest.get("unique_for"), timedelta):
+        rest["unique_for"] = seconds(rest["unique_for"], "unique_for")
     if "tags" in rest:
         if isinstance(rest["tags"], str):
             raise InvalidJob(f"tags={rest['tags']!r}: give a list of texts: tags=[{rest['tags']!r}].")
@@ -332,7 +340,10 @@ class MLQ:
         which the process that runs it is killed), ``kill`` (whether its process is killed when it is cancelled or runs
         too long and does not end),
         ``waits_count`` (whether the time for which it waits for other jobs counts against its ``time_limit``),
-        ``sync_ack``. Declared again from the same module, as by a notebook's cell that is run
+        ``sync_ack``; of limits ``resources`` (what a job needs: ``{"gpu": 1}``), ``concurrency`` (how many run at a
+        time; with a ``concurrency_key`` of each), ``fair_by`` (jobs of each value have their turn); ``unique_key``,
+        ``unique_for`` and ``unique_policy`` (of which there is one job). These keys may be functions of the arguments
+        that give a text. Declared again from the same module, as by a notebook's cell that is run
         again, it replaces the actor of that name.
         """
 
@@ -392,8 +403,7 @@ class MLQ:
             options=options,
             message_id=new_id() if job_id is None else check_id(job_id),
         )
-        self.broker.enqueue(message, delay=delay)
-        return message.message_id
+        return self.broker.enqueue(message, delay=delay).message_id
 
     def job(self, job_id: str) -> Job[Any]:
         """The job of this id. Raises `JobNotFound` when there is none."""
@@ -433,6 +443,11 @@ class MLQ:
     def dead_letters(self) -> DeadLetters:
         """The jobs that have ended for good without success: to be listed, mended, put back, forgotten, exported."""
         return DeadLetters(self.store)
+
+    @property
+    def limits(self) -> Limits:
+        """How many slots there are of what jobs need, and who holds them."""
+        return Limits(self.store)
 
     @property
     def data(self) -> Data:

@@ -6,6 +6,7 @@ middleware enqueues after the actor call, a retry included, is noted on the deli
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import platform
@@ -33,6 +34,7 @@ from .events import close_hub
 from .heartbeat import HeartbeatHelper
 from .job import DeadReason, NewJob, Result
 from .journal import JournalWriter
+from .limits import check_actor, key_functions, key_of, takes_turns
 from .message import LIFTED, LISTENER, check_options, from_job, to_job
 from .middleware import TimeLimit, default_middleware
 from .middleware.results import StoreBackend
@@ -68,10 +70,14 @@ OWN_OPTIONS: Final = frozenset(
         "http",
         "job_logs",
     }
+    | {"resources", "concurrency", "concurrency_key", "fair_by", "unique_key", "unique_for", "unique_policy"}
 )
 
 #: How long a job with ``kill=True`` has to end before its process is killed, in seconds, where no setting says.
 DEFAULT_GRACE: Final = 10.0
+
+#: Those of them about which jobs are the same, that a job may have too.
+KEY_OPTIONS: Final = frozenset({"concurrency_key", "fair_by", "unique_key", "unique_for", "unique_policy"})
 
 #: How often worker threads are counted that are still alive, in seconds.
 COUNT_THREADS_EVERY: Final = 0.5
@@ -140,6 +146,8 @@ class StoreBroker(Broker):
         self._lane_cache: dict[tuple[str, ...], list[tuple[str, str]]] = {}
         self._function_lanes: list[tuple[str, str, tuple[str, ...]]] = []
         self._internal: dict[str, Any] = {}
+        #: The functions by which actors make keys of the arguments, by actor and option.
+        self._key_functions: dict[str, dict[str, Callable[..., Any]]] = {}
         if middleware is None:
             middleware = default_middleware(store, settings)
         super().__init__(middleware)
@@ -161,6 +169,10 @@ class StoreBroker(Broker):
                 actor.options[name] = actor.options[name].total_seconds()
         checked = ("callback", "job_timeout", "queue_timeout", "hard_time_limit", "kill")
         check_options({name: actor.options[name] for name in checked if name in actor.options})
+        check_actor(actor.actor_name, actor.options)
+        functions = key_functions(actor.options)
+        given = {name: actor.options[name] for name in KEY_OPTIONS.intersection(actor.options) - functions.keys()}
+        check_options(given)
         self.emit_before("declare_actor", actor)
         self.declare_queue(actor.queue_name)
         self.published.pop(actor.actor_name, None)
@@ -168,6 +180,9 @@ class StoreBroker(Broker):
             self.published[actor.actor_name] = self._publish(actor)
         actor.fn = storing(actor.fn, self._keep_result, self._disarm)
         self.actors[actor.actor_name] = actor
+        self._key_functions.pop(actor.actor_name, None)
+        if functions:
+            self._key_functions[actor.actor_name] = functions
         self._lane_cache.clear()
         if self.pump is not None:
             self.pump.lanes_changed()
@@ -175,10 +190,12 @@ class StoreBroker(Broker):
 
     def _publish(self, actor: Any) -> bytes:
         """Its signature and what it declares for its jobs, for who submits by name; see `Store.published`."""
-        defaults = {name: value for name, value in actor.options.items() if name in LIFTED}
+        functions = key_functions(actor.options)
+        defaults = {name: value for name, value in actor.options.items() if name in LIFTED and name not in functions}
         described = {
             "queue": actor.queue_name,
             "defaults": {**defaults, "priority": actor.priority},
+            **({"keys": sorted(functions)} if functions else {}),
             **signature_of(actor.fn),
         }
         return codec.encode(described, path=f"actor {actor.actor_name}")
@@ -205,8 +222,9 @@ class StoreBroker(Broker):
     def enqueue(self, message: Message[Any], *, delay: int | None = None) -> Message[Any]:
         """Puts a message into its queue; `delay` in milliseconds.
 
-        An id that the store has already is left as it is. Called by a middleware after an actor call, the message
-        is created together with that job's end; for the job in hand it asks for a retry.
+        An id that the store has already is left as it is. What this returns has the id of another job where that stays
+        the only one with its unique key; where it is rejected then, `JobExists` is raised. Called by a middleware after
+        an actor call, the message is created together with that job's end; for the job in hand it asks for a retry.
         """
         settling: Delivery | None = getattr(self._local, "settling", None)
         given: object = message  # what Dramatiq's hooks pass here as a message may be its proxy
@@ -214,17 +232,19 @@ class StoreBroker(Broker):
         if settling is not None and settling is given:
             settling.retry_delay = (delay or 0) / 1000
         else:
-            self._create([message], delay)
+            [message] = self._create([message], delay)
         self.emit_after("enqueue", message, delay)
         return message
 
-    def enqueue_many(self, messages: Sequence[Message[Any]], *, delay: int | None = None) -> None:
-        """Puts messages into their queues, some hundred in one call of the store; `delay` in milliseconds."""
+    def enqueue_many(self, messages: Sequence[Message[Any]], *, delay: int | None = None) -> list[Message[Any]]:
+        """Puts messages into their queues, some hundred in one call of the store; `delay` in milliseconds. Returns them
+        as `enqueue` does."""
         for message in messages:
             self.emit_before("enqueue", message, delay)
-        self._create(messages, delay)
-        for message in messages:
+        created = self._create(messages, delay)
+        for message in created:
             self.emit_after("enqueue", message, delay)
+        return created
 
     def enqueue_once(
         self,
@@ -245,15 +265,22 @@ class StoreBroker(Broker):
             self.emit_after("enqueue", message, delay)
         return submitted
 
-    def _create(self, messages: Sequence[Message[Any]], delay: int | None) -> None:
+    def _create(self, messages: Sequence[Message[Any]], delay: int | None) -> list[Message[Any]]:
         settling: Delivery | None = getattr(self._local, "settling", None)
         current = settling or current_delivery.get()
         parent = None if current is None else current.held.id
         jobs = [self.new_job(message, delay=delay, parent=parent) for message in messages]
         if settling is not None:
             settling.spawned.extend(jobs)
+        elif any(job.unique_key is not None for job in jobs):
+            ids = self.store.submit_unique(jobs)
+            return [
+                message if message.message_id == job_id else dataclasses.replace(message, message_id=job_id)
+                for message, job_id in zip(messages, ids, strict=True)
+            ]
         else:
             self.store.submit(jobs)
+        return list(messages)
 
     def new_job(self, message: Message[Any], *, delay: float | None = None, parent: str | None = None) -> NewJob:
         """The job that a message stands for, with what its actor declares; `delay` in milliseconds."""
@@ -262,6 +289,13 @@ class StoreBroker(Broker):
         if actor is not None:
             defaults = {name: value for name, value in actor.options.items() if name in LIFTED}
             defaults["priority"] = actor.priority
+            for name, function in self._key_functions.get(message.actor_name, {}).items():
+                # One that came with the job goes before it.
+                defaults[name] = (
+                    None
+                    if name in message.options
+                    else key_of(message.actor_name, name, function, message.args, message.kwargs)
+                )
         if parent is not None:
             defaults["parent"] = parent
         job = to_job(message, self.settings, delay=None if delay is None else delay / 1000, defaults=defaults)
@@ -510,13 +544,15 @@ class StoreBroker(Broker):
         if lanes is None:
             actors = sorted(name for name in self.actors if name != LISTENER or self.functions_for_all)
             lanes = [self.store.lane(queue, actor) for queue in names for actor in actors]
-            known, served = set(self.functions), set(map(quote, names))
+            turns = [name for name in actors if takes_turns(self.actors[name].options)]
+            lanes += [self.store.lane(queue, actor, turns=True) for queue in names for actor in turns]
+            known, served, quoted = set(self.functions), set(map(quote, names)), set(map(quote, actors))
             lanes += [
                 (queue, lane)
                 for queue, lane, functions in self._function_lanes
-                if queue in served and known.issuperset(functions)
+                if queue in served and known.issuperset(functions) and lane.partition("|")[0] in quoted
             ]
-            self._lane_cache[names] = lanes
+            self._lane_cache[names] = lanes = list(dict.fromkeys(lanes))
         return lanes
 
     def _hello(self) -> None:
@@ -539,12 +575,21 @@ class StoreBroker(Broker):
             "argv": sys.argv[:8],
         }
         queues = {name: actor.queue_name for name, actor in self.actors.items()}
+        self.tell_limits()  # before it fetches any: else it would run more than may be
         self.store.start_worker(self.pump.worker, info, queues, self.published)
         # After that: from then on it is told of new ones.
         if self.pump.on_functions is not None:
             self.pump.on_functions()
         self._function_lanes = self.store.function_lanes()
         self._lane_cache = {}
+
+    def tell_limits(self) -> None:
+        """Makes known what jobs of the actors here need, and what the settings say that there is of it."""
+        options = {name: actor.options for name, actor in self.actors.items()}
+        self.store.declare_limits(
+            self.settings.capacities,
+            {name: (given.get("resources") or {}, given.get("concurrency")) for name, given in options.items()},
+        )
 
     def _before_worker_boot(self, worker: dramatiq.Worker) -> None:
         self.worker = worker

@@ -60,9 +60,11 @@ from .job import (
     seconds,
     timestamp,
 )
+from .limits import Limit
 from .notebook import Bar
 from .store import Page
 from .webhooks import Webhook
+from .why import Why
 
 __all__ = ["Client", "Job"]
 
@@ -73,7 +75,10 @@ T = TypeVar("T")
 ENCODED: Final = "application/vnd.mlqueue.value"
 
 #: Options of a job among the keywords of `Client.submit`: those that may be chosen over HTTP.
-OPTIONS: Final = frozenset({"callback", "delay", "hard_time_limit", "priority", "queue_timeout", "tags", "webhook"})
+OPTIONS: Final = frozenset(
+    {"callback", "delay", "hard_time_limit", "priority", "queue_timeout", "tags", "webhook"}
+    | {"concurrency_key", "fair_by", "unique_key", "unique_for", "unique_policy"}
+)
 
 #: How many jobs one request submits.
 BULK: Final = 500
@@ -113,10 +118,11 @@ class Client:
     def submit(self, actor_name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
         """Submits a job of an actor that is declared with ``http=True``. It exists when this returns.
 
-        ``callback``, ``webhook``, ``delay``, ``queue_timeout`` and ``hard_time_limit`` (seconds), ``priority`` and
-        ``tags`` among the keywords are options of the job; where the actor has parameters of these names, `submit_many`
-        tells them apart. Raises `InvalidArguments` with the path to what the actor does not take, `ActorNotFound`,
-        `Forbidden`, `EncodeError` ...
+        ``callback``, ``webhook``, ``delay``, ``queue_timeout`` and ``hard_time_limit`` (seconds), ``priority``,
+        ``tags``, ``concurrency_key``, ``fair_by``, ``unique_key``, ``unique_for`` and ``unique_policy`` among the
+        keywords are options of the job; where the actor has parameters of these names, `submit_many` tells them apart.
+        Raises `InvalidArguments` with the path to what the actor does not take, `ActorNotFound`, `Forbidden`,
+        `JobExists`, `EncodeError` ...
         """
         options = {name: kwargs.pop(name) for name in OPTIONS.intersection(kwargs)}
         body = {**_options(options), "args": list(args), "kwargs": kwargs}
@@ -216,6 +222,23 @@ class Client:
         deadline = _deadline(timeout)
         handles = [Job(self, job) if isinstance(job, str) else job for job in jobs]
         return all(job.wait(_remaining(deadline)) for job in handles)
+
+    def limits(self) -> list[Limit]:
+        """The limits; as `mlq.limits.list`."""
+        found = self._http.json("GET", self._http.path("limits"))["limits"]
+        return [_made(Limit, members) for members in found]
+
+    def set_limit(self, name: str, capacity: int | None) -> int:
+        """Sets how many slots a resource has, or with ``@`` and its name an actor; None: what settings or the actor
+        say. How many it has now. Needs the scope admin."""
+        path = self._http.path("limits", name)
+        if capacity is None:
+            answer = self._http.json("DELETE", path)
+        else:
+            headers = {"Content-Type": "application/json"}
+            answer = self._http.json("PUT", path, body=json.dumps({"capacity": capacity}).encode(), headers=headers)
+        slots: int = answer["capacity"]
+        return slots
 
     def close(self) -> None:
         """Closes the connections that are open. The client may be used again."""
@@ -374,6 +397,11 @@ class Job(Bar, Generic[R_co]):
                 return lines
             begin = {"first": part["next"]}
 
+    def why(self) -> Why:
+        """Why the job does not run; as `mlqueue.Job.why`."""
+        found = self._http.json("GET", self._path("why"))
+        return _made(Why, found, held_by=tuple(found["held_by"]))
+
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state that it is in then:
         ``running`` until it has been told, ``cancelled``, or the one in which it had ended before."""
@@ -509,6 +537,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Any]:
             options[name] = seconds(options[name], name)
     if "webhook" in options:
         options["webhook"] = Webhook.of(options["webhook"]).asdict()
+    if isinstance(options.get("unique_for"), timedelta):
+        options["unique_for"] = seconds(options["unique_for"], "unique_for")
     if "tags" in options:
         if isinstance(options["tags"], str):
             raise InvalidJob(f"tags={options['tags']!r}: give a list of texts: tags=[{options['tags']!r}].")
@@ -533,6 +563,7 @@ _FIELDS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "webhook": Webhook.of,
     "tags": tuple,
     "functions": tuple,
+    "slots": lambda slots: {name: tuple(numbers) for name, numbers in slots.items()},
     "error": lambda value: _made(JobError, value),
     "usage": lambda value: _made(Usage, value),
     "attempts": lambda values: tuple(

@@ -24,6 +24,7 @@ from .errors import (
     EncodeError,
     Forbidden,
     InvalidArguments,
+    JobExists,
     JobFailed,
     JobNotFound,
     MissingDependency,
@@ -247,6 +248,8 @@ def _error_of_problem(members: Mapping[str, Any]) -> MLQueueError:
     if issubclass(kind, EncodeError):
         paths = [str(fault["path"]) for fault in members.get("errors", ())]
         return kind(text, path=paths[0].removeprefix("$.") if paths else "")
+    if issubclass(kind, JobExists):
+        return kind(text, job_id=str(members.get("job_id", "")))
     if issubclass(kind, JobFailed):
         names = ("job_id", "reason", "error_type", "remote_traceback")
         return kind(text, **{name: str(members[name]) for name in names if name in members})

@@ -15,6 +15,7 @@ from .data import Data
 from .delivery import Delivery, HandBack, current_delivery
 from .errors import InvalidJob, NoCurrentJob
 from .job import positive
+from .store.records import decode_slots
 
 if TYPE_CHECKING:
     from .broker import StoreBroker
@@ -68,6 +69,13 @@ class CurrentJob:
     def parent(self) -> str | None:
         """The id of the job that submitted it, or None."""
         return self._delivery.held.parent or None
+
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """The slots of each resource that the job holds, numbered from 0: ``{"gpu": (1,)}``. Of ``gpu`` they are what
+        ``CUDA_VISIBLE_DEVICES`` is to be. Empty for a job whose actor needs none."""
+        packed = self._delivery.held.slots
+        return decode_slots(packed) if packed else {}
 
     @property
     def stopping(self) -> bool:

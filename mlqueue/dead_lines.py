@@ -73,6 +73,8 @@ EXPORTED: Final = (
     "queue_timeout",
     "max_crashes",
     "max_stalls",
+    "concurrency_key",
+    "fair_by",
     "has_checkpoint",
 )
 
@@ -91,6 +93,8 @@ OPTIONS: Final = (
     "queue_timeout",
     "max_crashes",
     "max_stalls",
+    "concurrency_key",
+    "fair_by",
 )
 
 

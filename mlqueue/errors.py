@@ -12,6 +12,7 @@
     ├── JobNotFound              no job has this id (also a KeyError)
     ├── ActorNotFound            no worker has declared this actor (also a KeyError)
     ├── FunctionNotFound         no posted function has this name (also a KeyError)
+    ├── JobExists                a unique job was to be rejected, since another one is there; carries its id
     ├── InvalidTransition        the job's state does not allow the move
     ├── StaleAttempt             the job has been taken over by a later attempt
     ├── JobFailed                the awaited job ended dead
@@ -57,6 +58,7 @@ __all__ = [
     "InvalidJob",
     "InvalidTransition",
     "JobCancelled",
+    "JobExists",
     "JobFailed",
     "JobNotFound",
     "KeyReused",
@@ -171,6 +173,26 @@ class FunctionNotFound(MLQueueError, KeyError):
 
     status = 404
     exit_code = 3
+
+
+class JobExists(MLQueueError):
+    """There is a job with this unique key already."""
+
+    status = 409
+
+    def __init__(self, message: str | None = None, *, job_id: str = "") -> None:
+        super().__init__(message)
+        #: The id of the job that is there.
+        self.job_id = job_id
+
+    @classmethod
+    def of(cls, job_id: str) -> JobExists:
+        """The error for a job that was rejected because of that one."""
+        return cls(
+            f"job {job_id} has this unique key; nothing was submitted. Wait for it, cancel it, or submit with "
+            "unique_policy='return' to get it instead, or 'replace' to end it.",
+            job_id=job_id,
+        )
 
 
 class InvalidTransition(MLQueueError):

@@ -19,6 +19,7 @@ from .notebook import Bar
 from .store import Store
 from .store.store import Outcome
 from .waiting import changes
+from .why import Why, why
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -221,6 +222,10 @@ class Job(Bar, Generic[R_co]):
             return read_log(self._store, self.id, first)[0]
         refuse_on_event_loop("logs")
         return follow_log(self._store, self.id, first, seconds(timeout, "timeout"))
+
+    def why(self) -> Why:
+        """Why the job does not run: ``str()`` of it is a sentence. Raises `JobNotFound`."""
+        return why(self._store, self.id)
 
     def cancel(self) -> State:
         """Asks for the end of the job: one that waits never runs; a running one is told. The state it was in."""

@@ -294,6 +294,21 @@ class NewJob:
     job_timeout: float | None = None
     #: Seconds within which it is to begin, counted from when it is due; afterwards it is dead.
     queue_timeout: float | None = None
+    #: With the same key only so many jobs of the actor run at a time as its ``concurrency`` says.
+    concurrency_key: str | None = None
+    #: Jobs of each value have their turn.
+    fair_by: str | None = None
+    #: Of the actor's jobs with this key there is one: while it waits (``queued``), until it has ended (``active``), or
+    #: for so many seconds; another one is answered with it (``return``), is an error (``reject``) or ends it
+    #: (``replace``).
+    unique_key: str | None = None
+    unique_for: str | float = "active"
+    unique_policy: str = "return"
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether it is to be told from other jobs of its actor when one is chosen to be started."""
+        return self.concurrency_key is not None or self.fair_by is not None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +371,13 @@ class JobRecord:
     #: How its cancelling ended it: ``waiting`` (it never ran), ``raised`` (it was stopped), ``ended`` (it had ended by
     #: itself by then), ``killed`` (with its process), ``lost`` (its worker was); None unless it is cancelled.
     cancel_stage: str | None = None
+    #: The slots of each resource that it holds, while it runs.
+    slots: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    #: What jobs of its actor are limited by, and what they take turns by; None for one that has none.
+    concurrency_key: str | None = None
+    fair_by: str | None = None
+    #: What it is the only one of.
+    unique_key: str | None = None
     #: The URL that is fetched when it has ended, and how that stands; with the full record only.
     callback: str | None = None
     callback_state: CallbackState | None = None
@@ -388,6 +410,8 @@ def _plain(value: object) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return value
 
 

@@ -38,8 +38,22 @@ LIFTED: Final = frozenset(
         "functions",
         "job_timeout",
         "queue_timeout",
+        "concurrency_key",
+        "fair_by",
+        "unique_key",
+        "unique_for",
+        "unique_policy",
     }
 )
+
+#: Those of them that are keys: an actor may make them of the arguments, with a function.
+KEYS: Final = ("concurrency_key", "fair_by", "unique_key")
+
+#: The longest such key, in characters.
+MAX_KEY: Final = 200
+
+#: A value of ``fair_by`` that begins so names a tag: the rest of it, and what follows it there, is the value.
+BY_TAG: Final = "tag:"
 
 
 def _is_number(value: object) -> bool:
@@ -79,6 +93,13 @@ def _is_message(value: object) -> bool:
         and isinstance(value.get("kwargs"), dict)
         and isinstance(value.get("options"), dict)
     )
+
+
+def _is_key(value: object) -> bool:
+    return value is None or (isinstance(value, str) and 0 < len(value) <= MAX_KEY)
+
+
+_A_KEY: Final = f"a text of 1 to {MAX_KEY} characters, or None"
 
 
 #: Dramatiq's options: what each must be. A wrong type would end a worker's thread where it is first used.
@@ -141,6 +162,16 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "kill": (lambda value: isinstance(value, bool), "a bool"),
     "job_logs": (lambda value: value is None or isinstance(value, bool), "a bool, or None for what the settings say"),
     "waits_count": (lambda value: isinstance(value, bool), "a bool"),
+    "concurrency_key": (_is_key, _A_KEY),
+    "fair_by": (_is_key, _A_KEY),
+    "unique_key": (_is_key, _A_KEY),
+    "unique_for": (
+        lambda value: value in ("queued", "active") or (_is_number(value) and 0 < value < 1e10),
+        "'queued', 'active' or a number of seconds (more than 0)",
+    ),
+    "unique_policy": (lambda value: value in ("return", "reject", "replace"), "'return', 'reject' or 'replace'"),
+    "resources": (lambda value: False, "set on the actor: @actor(resources={'gpu': 1})"),
+    "concurrency": (lambda value: False, "set on the actor: @actor(concurrency=2)"),
 }
 
 
@@ -191,7 +222,34 @@ def to_job(
         functions=tuple(options.get("functions") or ()),
         job_timeout=options.get("job_timeout"),
         queue_timeout=options.get("queue_timeout"),
+        concurrency_key=options.get("concurrency_key"),
+        fair_by=_fair_by(options),
+        **_unique(options),
     )
+
+
+def _fair_by(options: Mapping[str, Any]) -> str | None:
+    value: str | None = options.get("fair_by")
+    if value is None or not value.startswith(BY_TAG):
+        return value
+    prefix = value.removeprefix(BY_TAG)
+    return next((tag for tag in options.get("tags", ()) if tag.startswith(prefix)), None)
+
+
+def _unique(options: Mapping[str, Any]) -> dict[str, Any]:
+    if options.get("unique_key") is None:
+        return {}
+    holds, kept = options.get("unique_for", "active"), options["result_ttl"]
+    if not isinstance(holds, str) and kept is not None and kept < holds:
+        raise InvalidJob(
+            f"unique_for={holds:g}: the job is kept for {kept:g} s only after its end (result_ttl), so that nobody "
+            "would know of it any more. Raise result_ttl, or lower unique_for."
+        )
+    return {
+        "unique_key": options["unique_key"],
+        "unique_for": holds,
+        "unique_policy": options.get("unique_policy", "return"),
+    }
 
 
 def from_job(held: Held, body: bytes | memoryview | None = None) -> Message[Any]:

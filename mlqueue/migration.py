@@ -310,8 +310,8 @@ class Migration:
     # Beside the jobs
 
     def _copy_settings(self) -> None:
-        """What workers have told of actors, API keys, idempotency keys: what the other store has itself counts."""
-        for name in ("actors", "http", "keys"):
+        """What workers have told of actors, limits, API keys, idempotency keys: what the other store has counts."""
+        for name in ("actors", "http", "keys", "lim", "lim:a"):
             found = flat(self.source.connector.execute("HGETALL", f"{self.source.root}:{name}"))
             for field, value in found.items():
                 self.target.connector.execute("HSETNX", f"{self.target.root}:{name}", field, value)

@@ -126,6 +126,15 @@ class _Base(_Text):
         return text
 
 
+class _Capacities(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        for part in text.split(","):
+            if not re.fullmatch(r"\s*[^@=,\s][^=,]*=\s*[0-9]{1,5}\s*", part) or int(part.partition("=")[2]) > 10_000:
+                raise _Invalid("not a list of names and numbers; allowed is gpu=2,licence=5, with numbers up to 10000")
+        return text
+
+
 class _Namespace(_Text):
     def parse(self, value: object) -> object:
         value = super().parse(value)
@@ -452,6 +461,15 @@ class Settings:
             _Count(0, 10**6),
         ),
     )
+    limits: str | None = field(
+        default=None,
+        metadata=_about(
+            "How many slots there are of each resource that jobs need (gpu=2,licence=5), for those that "
+            "`mlqueue limit` has not set.",
+            _Capacities(),
+            none="one of each",
+        ),
+    )
     connect_timeout: float = field(
         default=5.0, metadata=_about("How long connecting to the store may take.", _Duration(0.05, 10 * _MINUTE))
     )
@@ -552,6 +570,12 @@ class Settings:
     def signing_keys(self) -> tuple[str, ...]:
         """The keys of `signing_key`, newest first; none when it is not set."""
         return () if self.signing_key is None else _keys_of(self.signing_key)
+
+    @property
+    def capacities(self) -> dict[str, int]:
+        """What `limits` says: the number of slots by resource."""
+        parts = [part.partition("=") for part in (self.limits or "").split(",") if part]
+        return {name.strip(): int(number) for name, _, number in parts}
 
     def describe(self) -> list[Described]:
         """Every setting with its variable, value, source and documentation. No password shows."""

@@ -260,9 +260,10 @@ def eager(mlq: MLQ) -> Iterator[None]:
     runner = _Eager(broker)
     create = broker._create
 
-    def create_and_run(messages: Sequence[dramatiq.Message[Any]], delay: int | None) -> None:
-        create(messages, delay)
-        runner.run()
+    def create_and_run(messages: Sequence[dramatiq.Message[Any]], delay: int | None) -> list[dramatiq.Message[Any]]:
+        created = create(messages, delay)
+        runner.run(created)
+        return created
 
     loop = AsyncIO()
     loop.before_worker_boot(broker, cast(Any, None))
@@ -287,19 +288,37 @@ class _Eager:
             deliver=lambda held: Delivery(from_job(held), held, broker),
         )
 
-    def run(self) -> None:
+    def run(self, created: Sequence[dramatiq.Message[Any]] = ()) -> None:
         """Runs what waits, until nothing is left but jobs with a delay."""
         if getattr(self._broker._local, "settling", None) is not None:
             return  # a hook has enqueued this: it exists when the job that is being settled is
-        if current_delivery.get() is None:
+        outer = current_delivery.get()
+        if outer is None:
             self._run_all()
         elif not _on_event_loop():
+            if outer.held.slots:
+                self._lend(outer, created)
             # On this thread's stack it would take the outer job's limits and context from it.
             with ThreadPoolExecutor(1, "mlqueue-eager") as executor:
                 executor.submit(self._run_all).result()
+            if outer.held.slots:
+                self._broker.store.stop_awaiting((outer.held.id, outer.held.attempt))
 
     def close(self) -> None:
         self._pump.end()
+
+    def _lend(self, outer: Delivery, created: Sequence[dramatiq.Message[Any]]) -> None:
+        """The jobs that a job has just submitted run while it waits: they may need the slots that it holds."""
+        for message in created:
+            self._broker.store.await_job(
+                (outer.held.id, outer.held.attempt),
+                message.message_id,
+                "eager",
+                worker=self._pump.worker,
+                nonce="",
+                may_start=False,
+                lanes=[],
+            )
 
     def _run_all(self) -> None:
         while True:
@@ -340,6 +359,7 @@ class _Eager:
     def _hello(self) -> None:
         info = {"host": platform.node(), "pid": os.getpid(), "started_at": time.time(), "threads": 1}
         queues = {name: actor.queue_name for name, actor in self._broker.actors.items()}
+        self._broker.tell_limits()
         self._broker.store.start_worker(self._pump.worker, info, queues, self._broker.published)
 
 

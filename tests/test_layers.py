@@ -42,7 +42,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "named",
         "overview",
     ),
-    ("progress", "journal", "pump", "middleware", "callbacks", "posted", "reaper", "dead_lines", "calls"),
+    (
+        "progress",
+        "journal",
+        "limits",
+        "why",
+        "pump",
+        "middleware",
+        "callbacks",
+        "posted",
+        "reaper",
+        "dead_lines",
+        "calls",
+    ),
     ("beside", "client_http", "capture", "usage"),
     ("nested", "client_events", "following", "estimate", "notebook"),
     ("handle", "dead_letters", "functions"),
@@ -243,7 +255,8 @@ def public(kind: type) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", [mlqueue.MLQ, mlqueue.Actor, mlqueue.Job, mlqueue.CurrentJob, mlqueue.Data, mlqueue.DeadLetters]
+    "kind",
+    [mlqueue.MLQ, mlqueue.Actor, mlqueue.Job, mlqueue.CurrentJob, mlqueue.Data, mlqueue.DeadLetters, mlqueue.Limits],
 )
 def test_public_methods_stand_in_the_reference(kind: type) -> None:
     text = (ROOT / "docs/reference/python.md").read_text()

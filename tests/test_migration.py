@@ -173,7 +173,7 @@ class TestWhatArrives:
         mlq.data.put("short", "for a while", expiry=600)
         target.data.put("newer", "in both")
         mlq.data.put("older", "in both")
-        ids, _ = mlq.broker.enqueue_once([(actors["double"].message(3), None)], "once", b"print", 600)
+        ids = mlq.broker.enqueue_once([(actors["double"].message(3), None)], "once", b"print", 600).ids
         mlq.client.hset(f"{mlq.store.root}:keys", "k1", "secret")
         migrate(mlq, target)
         assert (target.data.get("large"), target.data.get("in both")) == (LARGE, b"newer")
@@ -182,8 +182,28 @@ class TestWhatArrives:
         again = target.broker.enqueue_once(
             [(target.broker.get_actor("double").message(3), None)], "once", b"print", 600
         )
-        assert (ids, False) == again
+        assert (ids, False) == (again.ids, again.new)
         assert target.client.hget(f"{target.store.root}:keys", "k1") == b"secret"
+
+    def test_unique_keys_turns_limits_and_queue_timeouts(self, mlq: MLQ, target: MLQ) -> None:
+        actor = declare(mlq)["double"]
+        first = actor.with_options(unique_key="k", queue_timeout=600).submit(1)
+        ended = actor.with_options(unique_key="j", unique_for=600).submit(2)
+        drain(mlq)
+        turns = [actor.with_options(fair_by=user).submit(n) for n, user in enumerate("aab")]
+        only = actor.with_options(unique_key="k", queue_timeout=600, delay=300).submit(3)
+        hurried = actor.with_options(queue_timeout=600).submit(4)
+        mlq.limits.set("gpu", 3)
+        migrate(mlq, target)
+        assert keys_of(mlq, "uk:*") == keys_of(mlq, "fair:[gt]:*") == keys_of(mlq, "qt") == []
+        assert {job.decode() for job in target.client.zrange(f"{target.store.root}:qt", 0, -1)} == {only.id, hurried.id}
+        assert {limit.name: limit.capacity for limit in target.limits.list()} == {"gpu": 3}
+        there = declare(target)["double"]
+        assert there.with_options(unique_key="k").submit(5).id == only.id != first.id
+        assert there.with_options(unique_key="j", unique_for=600).submit(5).id == ended.id
+        drain(target)
+        assert [target.job(job.id).result(timeout=1) for job in (*turns, only, hurried)] == [0, 2, 4, 6, 8]
+        assert keys_of(target, "qt") == []
 
     def test_another_namespace_in_the_same_store(self, mlq: MLQ, server: Settings) -> None:
         job = declare(mlq)["size_of"].submit(LARGE)

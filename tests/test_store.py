@@ -922,7 +922,8 @@ def script_names() -> list[str]:
     return sorted(name for name in names if name != "common" and not name.startswith("part_"))
 
 
-READERS = {"astray", "count", "dead", "events", "list", "oldest", "read", "shown", "standing", "waiting", "workers"}
+READERS = {"astray", "count", "dead", "events", "functions", "limits", "list", "oldest", "read", "shown", "standing"}
+READERS |= {"waiting", "why", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",
@@ -930,14 +931,18 @@ ON_A_FULL_SERVER = {
     "cancel",
     "claim",
     "drop_data",
+    "drop_function",
     "extend",
     "flush",
+    "limit",
+    "limit_actors",
     "listen",
     "mend",
     "migrate_done",
     "migrate_group",
     "migrate_out",
     "note_callback",
+    "note_function",
     "orphans",
     "release",
     "remove",

@@ -6,9 +6,10 @@ state, only the attempt that holds it can move it, and listings, counts, held se
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlqueue import MLQ, codec
-from mlqueue.errors import InvalidTransition, JobNotFound, StaleAttempt, WaitCycle
+from mlqueue.errors import InvalidTransition, JobExists, JobNotFound, StaleAttempt, WaitCycle
 from mlqueue.job import DeadReason, JobError, NewJob, Result, State, new_id
 from mlqueue.store import Held, Settle, Store
+from mlqueue.store.records import decode_slots
 from mlqueue.store.scripts import script
 from mlqueue.store.store import Awaited, common_of, encode_result
 
@@ -68,6 +70,34 @@ class Model:
         self.state = State.QUEUED
         self.in_time = self.hurried and self.began == self.attempt
 
+    #: Its concurrency key and what it takes turns by.
+    group: tuple[str | None, str | None] | None = None
+    unique: str | None = None
+    #: What it holds: limit, slots, and the attempts that have lent them.
+    slots: list[tuple[str, list[str], list[str]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def score(self) -> tuple[int, int]:
+        return self.priority, self.number
+
+    @property
+    def lane(self) -> str:
+        return self.actor + ("|@" if self.group else "")
+
+
+#: What a job of an actor needs: resources, and how many of its jobs (of one key) may run at a time.
+NEEDS: Mapping[str, tuple[dict[str, int], int | None]] = {
+    "a": ({}, None),
+    "b": ({}, None),
+    "c": ({}, None),
+    "d": ({"gpu": 1}, None),
+    "e": ({"gpu": 2}, 2),
+    "f": ({}, 1),
+}
+
+#: The actors that workers know.
+KNOWN = "abdef"
+
 
 class StoreMachine(RuleBasedStateMachine):
     """Operations on a fresh namespace, each made in the store and in the model."""
@@ -79,7 +109,16 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(self.app.store.connector, f"model-{uuid.uuid4().hex[:12]}", self.app.settings)
         self.model: dict[str, Model] = {}
         self.alive: set[str] = set()
-        self.lanes = [self.store.lane("default", actor) for actor in ("a", "b")]
+        self.lanes = [self.store.lane("default", actor) for actor in KNOWN]
+        self.lanes += [self.store.lane("default", actor, turns=True) for actor in KNOWN]
+        self.store.declare_limits({}, NEEDS)
+        #: How many slots each limit has, and who holds them: id and attempt.
+        self.capacity = {"gpu": 1, "@e": 2, "@f": 1}
+        self.held: dict[str, dict[str, str]] = collections.defaultdict(dict)
+        #: Jobs that somebody waits for who may lend them slots, and who that is.
+        self.lent: dict[str, str] = {}
+        #: The job that each unique key of an actor leads to.
+        self.unique: dict[tuple[str, str], str] = {}
         self.numbers = 0
         #: What operations choose from, by an index that is taken modulo the length: most choices then do something.
         self.jobs: list[str] = []
@@ -96,8 +135,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin_with_some_jobs(self) -> None:
-        for i in range(4):
-            self.submit("ab"[i % 2], 0, False)
+        for i in range(6):
+            self.submit("abdefd"[i], 0, False, None)
 
     def teardown(self) -> None:
         client = self.store.connector.client
@@ -106,10 +145,25 @@ class StoreMachine(RuleBasedStateMachine):
 
     # Producers
 
-    @rule(actor=st.sampled_from("abc"), priority=st.integers(-1, 1), delayed=st.booleans(), hurried=st.booleans())
-    def submit(self, actor: str, priority: int, delayed: bool, hurried: bool = True) -> None:
+    @rule(
+        actor=st.sampled_from("abcdef"),
+        priority=st.integers(-1, 1),
+        delayed=st.booleans(),
+        group=st.one_of(st.none(), st.tuples(st.sampled_from([None, "k", "l"]), st.sampled_from([None, "x", "y z"]))),
+        hurried=st.booleans(),
+    )
+    def submit(
+        self,
+        actor: str,
+        priority: int,
+        delayed: bool,
+        group: tuple[str | None, str | None] | None,
+        hurried: bool = True,
+    ) -> None:
         job_id = new_id()
         self.numbers += 1
+        key, value = group or (None, None)
+        group = group if key or value else None
         new = NewJob(
             id=job_id,
             queue="default",
@@ -119,12 +173,156 @@ class StoreMachine(RuleBasedStateMachine):
             delay=FAR if delayed else None,
             job_timeout=FAR,
             queue_timeout=FAR if hurried else None,
+            concurrency_key=key,
+            fair_by=value,
         )
         assert [True] == self.store.submit([new])
         assert [False] == self.store.submit([new])
         state = State.SCHEDULED if delayed else State.QUEUED
-        self.model[job_id] = Model(self.numbers, actor, priority, state, hurried=hurried, in_time=hurried)
+        self.model[job_id] = Model(self.numbers, actor, priority, state, group=group, hurried=hurried, in_time=hurried)
         self.jobs.append(job_id)
+
+    @rule(
+        actor=st.sampled_from("ad"),
+        key=st.sampled_from("xy"),
+        holds=st.sampled_from(["queued", "active", FAR]),
+        policy=st.sampled_from(["return", "reject", "replace"]),
+    )
+    def submit_unique(self, actor: str, key: str, holds: str | float, policy: str) -> None:
+        job_id = new_id()
+        new = NewJob(
+            id=job_id,
+            queue="default",
+            actor=actor,
+            body=codec.encode_call([0], {}),
+            job_timeout=FAR,
+            unique_key=key,
+            unique_for=holds,
+            unique_policy=policy,
+        )
+        there = self.unique.get((actor, key))
+        job = self.model.get(there or "")
+        counts = {
+            "queued": (State.QUEUED, State.SCHEDULED),
+            "active": (State.QUEUED, State.SCHEDULED, State.RUNNING),
+            FAR: (State.QUEUED, State.SCHEDULED, State.RUNNING, State.SUCCEEDED),
+        }
+        if there is not None and job is not None and job.state in counts[holds]:
+            if policy == "return":
+                assert [there] == self.store.submit_unique([new])
+                return
+            if policy == "reject":
+                with pytest.raises(JobExists) as raised:
+                    self.store.submit_unique([new])
+                assert there == raised.value.job_id
+                return
+            if job.state is State.RUNNING:
+                job.cancel = True
+            elif not job.state.ended:
+                job.state, job.checkpoint, job.in_time = State.CANCELLED, None, False
+        for _ in range(2):
+            assert [job_id] == self.store.submit_unique([new])
+        self.numbers += 1
+        self.model[job_id] = Model(self.numbers, actor, 0, unique=key)
+        self.jobs.append(job_id)
+        self.unique[actor, key] = job_id
+
+    # Limits
+
+    @rule(name=st.sampled_from(["gpu", "gpu", "@e", "@f"]), capacity=st.integers(0, 3))
+    def set_limit(self, name: str, capacity: int) -> None:
+        self.store.set_limit(name, capacity)
+        self.capacity[name] = capacity
+
+    def needs(self, job: Model) -> list[tuple[str, int]]:
+        resources, most = NEEDS[job.actor]
+        key = job.group[0] if job.group else None
+        needs = list(resources.items())
+        if most is not None or key:
+            needs.append((f"@{job.actor}" + (f"/{key}" if key else ""), 1))
+        return needs
+
+    def room(self, name: str) -> int:
+        return self.capacity.get(name.partition("/")[0], 1) - len(self.held[name])
+
+    def lacking(self, job: Model) -> list[tuple[str, int]]:
+        return [(name, number) for name, number in self.needs(job) if number > self.room(name)]
+
+    def acquire(self, job_id: str, lent: dict[str, tuple[list[str], list[str]]] | None = None) -> None:
+        job = self.model[job_id]
+        job.slots = []
+        for name, number in self.needs(job):
+            slots, lenders = (lent or {}).get(name, ([], []))
+            if not slots and name.startswith("@"):
+                slots = [job_id]
+            elif not slots:
+                slots = [str(slot) for slot in range(100) if str(slot) not in self.held[name]][:number]
+            for slot in slots:
+                self.held[name][slot] = f"{job_id} {job.attempt}"
+            job.slots.append((name, slots, lenders))
+
+    def runs(self, holder: str) -> bool:
+        job_id, _, attempt = holder.partition(" ")
+        job = self.model.get(job_id)
+        return job is not None and job.state is State.RUNNING and str(job.attempt) == attempt
+
+    def release_slots(self) -> None:
+        """Takes their slots from jobs that do not run any more."""
+        gone = [(job_id, job) for job_id, job in self.model.items() if job.slots and job.state is not State.RUNNING]
+        for job_id, job in gone:
+            for name, slots, lenders in job.slots:
+                back = next((lender for lender in lenders if self.runs(lender)), None)
+                for slot in slots:
+                    if self.held[name].get(slot) == f"{job_id} {job.attempt}":
+                        del self.held[name][slot]
+                        if back:
+                            self.held[name][slot] = back
+            job.slots = []
+
+    def loans(self, job: Model, waiter_id: str) -> tuple[dict[str, tuple[list[str], list[str]]] | None, bool]:
+        """What a waiting job lends to one that lacks it; and whether it may lend some later."""
+        waiter, found, later, all_ = self.model.get(waiter_id), {}, False, True
+        for name, number in self.lacking(job):
+            if not all_:
+                break
+            items = waiter.slots if waiter and waiter.state is State.RUNNING else []
+            own = f"{waiter_id} {waiter.attempt}" if waiter else ""
+            for limit, slots, lenders in items:
+                if limit == name:
+                    later = True
+                    mine = [slot for slot in slots if self.held[name].get(slot) == own][:number]
+                    if waiter and waiter.waits and len(mine) == number:
+                        found[name] = (mine, [own, *lenders])
+            all_ = name in found
+        return (found if all_ else None), later
+
+    def startable(self, *, isolated: bool = False) -> dict[str, list[str]]:
+        """The lanes from which a job may be started now, and the jobs that it may be."""
+        lanes: dict[str, list[str]] = collections.defaultdict(list)
+        for job_id, job in sorted(self.model.items(), key=lambda item: item[1].score):
+            if job.state is State.QUEUED and job.actor in KNOWN and (job.crashes >= 2) is isolated:
+                lanes[job.lane].append(job_id)
+        found: dict[str, list[str]] = {}
+        claimed: set[str] = set()
+        for lane in sorted(lanes, key=lambda lane: self.model[lanes[lane][0]].score):
+            heads = lanes[lane][:1]
+            if "@" in lane and not isolated:
+                groups = {self.model[job_id].group: job_id for job_id in reversed(lanes[lane])}
+                heads = list(groups.values())
+            lacking = {job_id: self.lacking(self.model[job_id]) for job_id in heads}
+            free = [
+                job_id
+                for job_id in heads
+                if not lacking[job_id] and not claimed.intersection(name for name, _ in self.needs(self.model[job_id]))
+            ]
+            if free:
+                found[lane] = free
+            else:
+                for job_id in heads:
+                    for name, number in lacking[job_id][:1]:
+                        if number <= self.capacity.get(name.partition("/")[0], 1) and "/" not in name:
+                            claimed.add(name)
+        return found
 
     # Workers
 
@@ -132,19 +330,55 @@ class StoreMachine(RuleBasedStateMachine):
     def restart_worker(self, slot: int) -> None:
         self.workers[slot] = self.new_worker()
 
-    def expected_fetch(self, worker: str, want: int) -> list[str]:
-        held = [job for job in self.model.values() if job.worker == worker and job.state is State.RUNNING]
-        if self.alone.get(worker) in {job_id for job_id, job in self.model.items() if job in held}:
-            return []
-        waiting = [
-            (job.priority, job.number, job_id)
-            for job_id, job in self.model.items()
-            if job.state is State.QUEUED and job.actor in "ab"
-        ]
-        isolated = sorted(item for item in waiting if self.model[item[2]].crashes >= 2)
-        if not held and isolated:
-            return [isolated[0][2]]
-        return [job_id for _, _, job_id in sorted(item for item in waiting if self.model[item[2]].crashes < 2)][:want]
+    def check_fetched(self, worker: str, want: int, fetched: list[Held]) -> None:
+        """Notes what a worker was given, if it is what it must get: one after the other."""
+        left = list(fetched)
+        held = {job_id for job_id, job in self.model.items() if job.worker == worker and job.state is State.RUNNING}
+
+        def started(lent: dict[str, tuple[list[str], list[str]]] | None = None) -> None:
+            held = left.pop(0)
+            job = self.model[held.id]
+            job.start(worker)
+            assert (job.attempt, job.retries, job.crashes) == (held.attempt, held.retries, held.crashes)
+            self.acquire(held.id, lent)
+            slots = {name: tuple(map(int, slots)) for name, slots, _ in job.slots if name[0] != "@"}
+            assert slots == (decode_slots(held.slots) if held.slots else {})
+
+        if self.alone.get(worker) in held:
+            assert left == []
+            return
+        isolated = {} if held else self.startable(isolated=True)
+        if isolated:
+            first = min((jobs[0] for jobs in isolated.values()), key=lambda job_id: self.model[job_id].score)
+            assert [first] == [held.id for held in left]
+            self.alone[worker] = first
+            started()
+            return
+        self.lent = {job_id: by for job_id, by in self.lent.items() if self.model_state(job_id) is State.QUEUED}
+        while left and left[0].id in self.lent:
+            loans, _ = self.loans(self.model[left[0].id], self.lent[left[0].id])
+            if not loans:
+                break
+            del self.lent[left[0].id]
+            started(loans)
+        if len(fetched) < want:
+            for job_id, waiter in self.lent.items():
+                job = self.model[job_id]
+                assert job.actor not in KNOWN or job.crashes >= 2 or not self.loans(job, waiter)[0], job_id
+        while len(fetched) - len(left) < want:
+            lanes = self.startable()
+            waiting = [job for job in self.model.values() if job.state is State.QUEUED and job.crashes < 2]
+            if not lanes:
+                break
+            first = min(lanes, key=lambda lane: min(job.score for job in waiting if job.lane == lane))
+            assert left, f"one of {lanes[first]} may start"
+            assert left[0].id in lanes[first]
+            started()
+        assert left == []
+
+    def model_state(self, job_id: str) -> State | None:
+        job = self.model.get(job_id)
+        return job.state if job else None
 
     @rule(slot=SLOT, want=st.integers(1, 3), twice=st.booleans())
     def fetch(self, slot: int, want: int, twice: bool) -> None:
@@ -156,18 +390,19 @@ class StoreMachine(RuleBasedStateMachine):
             assert ([], False) == (turn.jobs, turn.known)
             self.store.start_worker(worker, {}, {})
             self.alive.add(worker)
-        expected = self.expected_fetch(worker, want)
+        self.release_slots()
         command = self.store.turn_command(worker, uuid.uuid4().hex, want, self.lanes, [])
-        for _ in range(1 + twice):
-            turn = self.store.read_turn(self.store.connector.execute(*command, script=script("turn")))
-            assert expected == [held.id for held in turn.jobs]
-        for held in turn.jobs:
-            job = self.model[held.id]
-            job.start(worker)
-            if job.crashes >= 2:
-                self.alone[worker] = held.id
-            assert (job.attempt, job.retries, job.crashes) == (held.attempt, held.retries, held.crashes)
-        self.attempts += turn.jobs
+        client = self.store.connector.client
+        client.unlink(*map(self.store.bell, self.lanes))  # it has heard them
+        client.unlink(f"{self.store.root}:lim:next:gpu", *(f"{self.store.root}:lim:next:@{actor}" for actor in KNOWN))
+        turns = [
+            self.store.read_turn(self.store.connector.execute(*command, script=script("turn")))
+            for _ in range(1 + twice)
+        ]
+        self.check_fetched(worker, want, turns[0].jobs)
+        for turn in turns:
+            assert sorted(turns[0].jobs) == sorted(turn.jobs)
+        self.attempts += turns[0].jobs
 
     def holds(self, held: Held) -> Model | None:
         job = self.model.get(held.id)
@@ -374,7 +609,9 @@ class StoreMachine(RuleBasedStateMachine):
         client.zadd(f"{root}:qt", {job_id: 1})
         client.hset(f"{root}:j:{job_id}", "U", 1)
         job.state, job.reason, job.in_time = State.DEAD, DeadReason.EXPIRED, False
-        if fetched:
+        self.release_slots()
+        if fetched and not self.lacking(job):
+            # One that lacks slots holds up others until the next sweep, as it would if there were time left.
             self.fetch(slot, want, False)
         self.store.sweep("s", 0)
 
@@ -411,14 +648,20 @@ class StoreMachine(RuleBasedStateMachine):
             return
         waiter.waits = target_id
         held_here = [job for job in self.model.values() if job.worker == waiter.worker and job.state is State.RUNNING]
-        startable = may_start and target.state is State.QUEUED and target.actor in "ab" and waiter.worker in self.alive
+        startable = may_start and target.state is State.QUEUED and target.actor in KNOWN and waiter.worker in self.alive
         if target.crashes >= 2:
             startable = startable and all(job.waits for job in held_here)
+        loans, later = self.loans(target, held.id) if target.state is State.QUEUED else (None, False)
+        startable = startable and loans is not None
+        if later and not startable:
+            self.lent[target_id] = held.id
         assert [job.id for job in answer.jobs] == ([target_id] if startable else [])
         if startable:
             if twice:
                 assert ask().jobs == answer.jobs  # the answer was lost
             target.start(waiter.worker)
+            self.acquire(target_id, loans)
+            self.lent.pop(target_id, None)
             self.attempts += answer.jobs
             holding = {job_id for job_id, job in self.model.items() if job in held_here}
             if target.crashes >= 2 and self.alone.get(waiter.worker) not in holding:
@@ -467,6 +710,14 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(InvalidTransition):
                 self.store.retry(job_id)
             return
+        if job.unique:
+            other = self.unique.get((job.actor, job.unique), job_id)
+            beside = self.model_state(other)
+            if other != job_id and beside is not None and not beside.ended:
+                with pytest.raises(InvalidTransition, match=other):
+                    self.store.retry(job_id)
+                return
+            self.unique[job.actor, job.unique] = job_id
         self.store.retry(job_id)
         self.numbers += 1
         job.number, job.state, job.cancel, job.reason = self.numbers, State.QUEUED, False, None
@@ -482,8 +733,27 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.remove([job_id]) == (0 if running or job is None else 1)
         if not running:
             self.model.pop(job_id, None)
+            self.unique = {key: leads_to for key, leads_to in self.unique.items() if leads_to != job_id}
 
     # What must hold after each step
+
+    @invariant()
+    def slots_are_held_by_those_who_run(self) -> None:
+        self.release_slots()
+        held = {name: holders for name, _, _, holders in self.store.limits() if holders}
+        expected = {
+            name: {slot: holder.partition(" ")[0] for slot, holder in slots.items()}
+            for name, slots in self.held.items()
+            if slots
+        }
+        assert expected == held
+
+    @invariant()
+    def who_may_start_is_told(self) -> None:
+        self.release_slots()
+        client = self.store.connector.client
+        for lane in self.startable():
+            assert client.exists(self.store.bell(("default", lane))), lane
 
     @invariant()
     def the_records_are_as_the_model_says(self) -> None:

@@ -45,6 +45,8 @@ COMMANDS: Final[dict[str, Entry]] = {
     "top": Entry("top", "Watch queues, workers and jobs: the dashboard in the terminal."),
     "cancel": Entry("steer", "Cancel jobs."),
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
+    "why": Entry("limit", "Say in one sentence why a job does not run."),
+    "limit": Entry("limit", "Set how many jobs that need NAME run at a time, or show the limits."),
     "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),
     "clear": Entry("clear", "Forget jobs that do not run."),
     "key": Entry("key", "API keys of the HTTP interface: make, list and revoke them."),

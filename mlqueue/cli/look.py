@@ -168,6 +168,10 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     yield "tags", ", ".join(record.tags)
     yield "parent", record.parent
     yield "waits for", record.waits_for
+    yield "slots", ", ".join(f"{name} {' '.join(map(str, slots))}" for name, slots in record.slots.items())
+    yield "limited by", record.concurrency_key
+    yield "turn of", record.fair_by
+    yield "unique", record.unique_key
     yield "callback", record.callback and f"{record.callback}  ({record.callback_state or 'when it has ended'})"
     if record.webhook is not None:
         events = f"{', '.join(record.webhook.events)}; {record.webhook_state or 'nothing told yet'}"

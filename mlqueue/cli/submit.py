@@ -79,6 +79,14 @@ class NumbersAreArguments(click.Command):
 @click.option("--tag", "tags", multiple=True, metavar="TEXT", help="A text to find the job by. May be repeated.")
 @click.option("--callback", metavar="URL", help="What is fetched when the job has ended.")
 @click.option("--webhook", metavar="URL", help="Where its ends are posted to, as a signed webhook.")
+@click.option("--fair-by", metavar="TEXT", help="Jobs of each such text have their turn.")
+@click.option("--unique-key", metavar="TEXT", help="Of the actor's jobs with this key there is one.")
+@click.option("--unique-for", metavar="TIME", help="As long as it is queued, active [active], or a duration.")
+@click.option(
+    "--unique-policy",
+    type=click.Choice(["return", "reject", "replace"]),
+    help="What another one does: it gives that job, is refused, or ends it [return].",
+)
 @click.option("--job-id", metavar="ID", help="Its id. Nothing is created when there is a job of that id already.")
 @click.option("--wait", is_flag=True, help="Wait for its end, showing its progress, and print its result.")
 def submit(
@@ -95,6 +103,10 @@ def submit(
     tags: tuple[str, ...],
     callback: str | None,
     webhook: str | None,
+    fair_by: str | None,
+    unique_key: str | None,
+    unique_for: str | None,
+    unique_policy: str | None,
     job_id: str | None,
     wait: bool,
 ) -> int | None:
@@ -113,6 +125,8 @@ def submit(
     options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None}
     options |= {"callback": callback, "webhook": webhook}
     options |= {"queue_timeout": queue_timeout, "hard_time_limit": hard_time_limit}
+    holds = unique_for if unique_for in ("queued", "active", None) else types.duration(str(unique_for))
+    options |= {"fair_by": fair_by, "unique_key": unique_key, "unique_for": holds, "unique_policy": unique_policy}
     given = {name: value for name, value in options.items() if value is not None}
     store = open_store(call, start=True)
     message = _enqueue(MLQ(store.namespace, settings=call.settings), store, actor, args, keywords, queue, given, job_id)
@@ -163,10 +177,9 @@ def _enqueue(
         message_id=job_id or new_id(),
     )
     try:
-        mlq.broker.enqueue(message, delay=delay_ms)
+        return mlq.broker.enqueue(message, delay=delay_ms)
     finally:
         mlq.close()
-    return message
 
 
 def _files(given: tuple[str, ...], most: int) -> dict[str, Any]:

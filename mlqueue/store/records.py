@@ -65,16 +65,16 @@ def unquote(name: bytes) -> str:
     return _unquote(text) if "%" in text else text
 
 
-def lane_of(actor: str, functions: Sequence[str]) -> str:
-    """The lane of a job, quoted: the jobs that the same workers can run."""
-    if not functions:
+def lane_of(actor: str, functions: Sequence[str], *, turns: bool = False) -> str:
+    """The lane of a job, quoted: the jobs that the same workers can run. `turns`: they take turns there."""
+    if not functions and not turns:
         return quote(actor)
-    return f"{quote(actor)}|{','.join(quote(name) for name in functions)}"
+    return f"{quote(actor)}|{','.join(quote(name) for name in functions)}{'@' if turns else ''}"
 
 
 def functions_of(lane: str) -> tuple[str, ...]:
     """The functions that a lane, quoted, asks for."""
-    names = lane.partition("|")[2]
+    names = lane.partition("|")[2].removesuffix("@")
     return tuple(_unquote(name) for name in names.split(",")) if names else ()
 
 
@@ -97,11 +97,12 @@ def new_item(job: NewJob) -> list[object]:
     if job.priority not in PRIORITIES:
         raise InvalidJob(f"priority={job.priority!r}: a priority is an int from -1,000 to 1,000; lower runs first.")
     actor = quote(job.actor)
-    return [
+    group = f"{quote(job.concurrency_key or '')}/{quote(job.fair_by or '')}" if job.takes_turns else None
+    item = [
         job.id,
         quote(job.queue),
         actor,
-        lane_of(job.actor, job.functions) if job.functions else actor,
+        lane_of(job.actor, job.functions, turns=group is not None) if job.functions or group else actor,
         job.priority,
         milliseconds(job.delay),
         milliseconds(job.eta),
@@ -115,6 +116,17 @@ def new_item(job: NewJob) -> list[object]:
         False if job.job_timeout is None else milliseconds(job.job_timeout),
         False if job.queue_timeout is None else milliseconds(job.queue_timeout),
     ]
+    if group or job.unique_key is not None:
+        item += [group or False, _unique_item(job)]
+    return item
+
+
+def _unique_item(job: NewJob) -> object:
+    if job.unique_key is None:
+        return False
+    holds = job.unique_for
+    scope = {"queued": "q", "active": "a"}[holds] if isinstance(holds, str) else milliseconds(holds)
+    return [quote(job.unique_key), scope, job.unique_policy]
 
 
 def _to_call(job: NewJob) -> list[object]:
@@ -248,6 +260,10 @@ def decode_record(
         max_stalls=number(b"Z") or None,
         waits_for=fields[b"A"].decode() if b"A" in fields else None,
         cancel_stage=fields[b"h"].decode() if b"h" in fields else None,
+        slots=decode_slots(fields[b"H"]) if b"H" in fields else {},
+        concurrency_key=_group(fields)[0],
+        fair_by=_group(fields)[1],
+        unique_key=unquote(fields[b"D"]) if b"D" in fields else None,
         callback=callback[b"u"].decode() if callback and b"u" in callback else None,
         callback_state=CALLBACK_STATES.get(callback.get(b"s", b"")) if callback else None,
         callback_attempts=tuple(_callback_attempt(item) for item in tries),
@@ -260,6 +276,18 @@ def decode_record(
 def _webhook(callback: Mapping[bytes, bytes]) -> Webhook:
     events = [EVENT_NAMES[letter] for letter in callback[b"e"].decode()]
     return Webhook(callback[b"w"].decode(), events, int(callback[b"m"]) / 1000)
+
+
+def decode_slots(packed: bytes) -> dict[str, tuple[int, ...]]:
+    """The slots of each resource that a job holds."""
+    held = msgpack.unpackb(packed, raw=True)
+    return {unquote(name): tuple(int(slot) for slot in slots) for name, slots, *_ in held if not name.startswith(b"@")}
+
+
+def _group(fields: Mapping[bytes, bytes]) -> tuple[str | None, str | None]:
+    """The concurrency key, and what the job takes turns by."""
+    key, _, value = fields.get(b"E", b"/").partition(b"/")
+    return unquote(key) or None, unquote(value) or None
 
 
 def _short_result(fields: Mapping[bytes, bytes], result: Mapping[bytes, bytes]) -> tuple[Any, str | None]:

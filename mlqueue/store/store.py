@@ -20,6 +20,7 @@ from ..errors import (
     EncodeError,
     InvalidJob,
     InvalidTransition,
+    JobExists,
     JobNotFound,
     KeyReused,
     MLQueueError,
@@ -99,9 +100,9 @@ SeenKey = tuple[str, bytes]
 class Submitted(NamedTuple):
     """What `Store.submit_once` did."""
 
-    #: The jobs, created now or when the key came first.
+    #: The jobs, created now or when the key came first; of a unique job it may be another one that has its key.
     ids: list[str]
-    #: Whether it was now.
+    #: Whether this is the first time that the key comes.
     new: bool
     #: The full record of the first one, where it was asked for.
     record: JobRecord | None
@@ -127,6 +128,8 @@ class Held(NamedTuple):
     alone: bool
     #: The functions that it is for (MLQ's listeners); empty where all are to run.
     functions: tuple[str, ...]
+    #: The slots that it holds, packed; see `records.decode_slots`.
+    slots: bytes = b""
 
 
 class Turn(NamedTuple):
@@ -295,12 +298,26 @@ class Store:
 
     def submit(self, jobs: Sequence[NewJob]) -> list[bool]:
         """Creates jobs; for each whether it was new. An id that exists is left as it is, so this may be repeated."""
-        created: list[bool] = []
+        return [made == 1 for made in self._create(jobs)]
+
+    def submit_unique(self, jobs: Sequence[NewJob]) -> list[str]:
+        """Creates jobs some of which have a unique key: for each its id, or that of the job that stays the only one.
+
+        Raises `JobExists` where one is rejected; then, of some hundred at least, none is created.
+        """
+        made = self._create(jobs, "enqueue_unique")
+        return [one[1:].decode() if isinstance(one, bytes) else job.id for job, one in zip(jobs, made, strict=True)]
+
+    def _create(self, jobs: Sequence[NewJob], name: str = "enqueue") -> list[int | bytes]:
+        created: list[int | bytes] = []
         for batch in _batches([pack_new(self.stashed(job)) for job in jobs]):
-            for made in self._run("enqueue", *chain.from_iterable(batch)):
-                if isinstance(made, bytes):
+            answer = self._run(name, *chain.from_iterable(batch))
+            if isinstance(answer, bytes):
+                raise JobExists.of(answer[1:].decode())
+            for made in answer:
+                if isinstance(made, bytes) and not made.startswith(b"="):
                     raise StoreError(f"the store would not take a job: {made.decode(errors='replace')}")
-                created.append(made == 1)
+            created += answer
         return created
 
     def submit_once(
@@ -314,28 +331,32 @@ class Store:
         wants_record: bool = False,
     ) -> Submitted:
         """Creates jobs, in one call, unless `key` has come within the last `holds` seconds. With an empty key jobs are
-        created.
+        created. The id is that of another job where that stays the only one with its unique key.
 
-        Raises `KeyReused` when the key came with another `fingerprint` then, and `Unauthorized` unless the API key
-        `seen` is as it was.
+        Raises `KeyReused` when the key came with another `fingerprint` then, `Unauthorized` unless the API key `seen`
+        is as it was, and `JobExists` where a unique job is rejected.
         """
-        ids = [job.id for job in jobs]
         if not key and seen is None and not wants_record:
+            if any(job.unique_key is not None for job in jobs):
+                return Submitted(self.submit_unique(jobs), True, None)
             self.submit(jobs)
-            return Submitted(ids, True, None)
+            return Submitted([job.id for job in jobs], True, None)
         answer = self._run(
             "enqueue_once",
             *(key, fingerprint, milliseconds(holds), *(seen or ("", b"")), FULL if wants_record else ""),
             *chain.from_iterable(pack_new(self.stashed(job)) for job in jobs),
         )
+        if isinstance(answer, bytes):
+            raise JobExists.of(answer[1:].decode())
         if answer == 0:
             raise KeyReused
         if answer == 1:
             raise Unauthorized(KEY_REFUSED)
-        found = [job_id.decode() for job_id in answer[0]]
-        if wants_record and answer[1] is None:
+        ids, record, new = answer
+        found = [job_id.decode() for job_id in ids]
+        if wants_record and record is None:
             raise JobNotFound.of(found[0], self.namespace)  # of the first time, and forgotten since
-        return Submitted(found, found == ids, _record(found[0], answer[1]) if wants_record else None)
+        return Submitted(found, new == 1, _record(found[0], record) if wants_record else None)
 
     def stashed(self, job: NewJob) -> NewJob:
         """A job as it may be created: a large body is written in chunks, and a reference stands for it."""
@@ -455,7 +476,7 @@ class Store:
         return [_held(job) for job in self._run("claim", worker, nonce, limit)]
 
     def function_lanes(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """Lanes with a list of functions: queue and lane, quoted, and the functions."""
+        """Lanes with a list of functions, or whose jobs take turns: queue and lane, quoted, and the functions."""
         lanes = []
         for name in self.connector.execute("SMEMBERS", f"{self.root}:fl"):
             queue, _, lane = name.decode().partition(":")
@@ -466,9 +487,9 @@ class Store:
         """Settles jobs outside a turn; those that were refused: position, and ``stale`` or ``error ...``."""
         return _refusals(self._run("settle", *[settle.packed for settle in settles]))
 
-    def lane(self, queue: str, actor: str, functions: Sequence[str] = ()) -> tuple[str, str]:
+    def lane(self, queue: str, actor: str, functions: Sequence[str] = (), *, turns: bool = False) -> tuple[str, str]:
         """A lane, quoted, as turns and bells take it."""
-        return quote(queue), lane_of(actor, functions)
+        return quote(queue), lane_of(actor, functions, turns=turns)
 
     def bell(self, lane: tuple[str, str]) -> str:
         """The key of a lane's doorbell."""
@@ -727,6 +748,10 @@ class Store:
         [state] = self._retry([(job_id, self.stash(job_id, body))], states)
         if state is None:
             raise JobNotFound.of(job_id, self.namespace)
+        if isinstance(state, str) and not isinstance(state, State):
+            raise InvalidTransition(
+                f"job {job_id} cannot be retried: job {state} has its unique key now. Wait for that one, or cancel it."
+            )
         if state not in states:
             allowed = " or ".join(states)
             raise InvalidTransition(
@@ -739,13 +764,14 @@ class Store:
         was = self._retry([(job_id, b"") for job_id in job_ids], (State.DEAD,)) if job_ids else []
         return [state is State.DEAD for state in was]
 
-    def _retry(self, jobs: Sequence[tuple[str, bytes]], states: Sequence[State]) -> list[State | None]:
+    def _retry(self, jobs: Sequence[tuple[str, bytes]], states: Sequence[State]) -> list[State | str | None]:
+        """The state that each was in; None for one that there is none of; the id of the job that has its unique key."""
         letters = "".join(LETTERS[state] for state in states)
         answer = self._run("retry", uuid.uuid4().hex, letters, *[part for job in jobs for part in job])
         for item in answer:
-            if item is not None and item not in STATES:
+            if item is not None and item not in STATES and not item.startswith(b"only "):
                 raise StoreError(f"the store would not take a job back: {item.decode(errors='replace')}")
-        return [item and STATES[item] for item in answer]
+        return [item and (STATES.get(item) or item[5:].decode()) for item in answer]
 
     def redeliver(self, job_id: str, url: str = "", webhook: str = "") -> None:
         """Has the callback of an ended job delivered again, or its webhook told of its end again: the one of which
@@ -1063,6 +1089,51 @@ class Store:
     def counters(self) -> Counters:
         """What the store has counted since it is there: ends, times, crashes."""
         return decode_counters(flat(self.connector.execute("HGETALL", f"{self.root}:m")))
+
+    # Limits
+
+    def declare_limits(
+        self, capacities: Mapping[str, int], actors: Mapping[str, tuple[Mapping[str, int], int | None]]
+    ) -> None:
+        """What a worker knows of limits: the capacities of its settings, and of each actor the resources that a job of
+        it needs and how many may run at a time (None: as many as like)."""
+        args: list[object] = [len(capacities)]
+        for name, capacity in capacities.items():
+            args += [quote(name), capacity]
+        for actor, (resources, most) in actors.items():
+            needed = [[quote(name), number] for name, number in sorted(resources.items())]
+            args += [quote(actor), pack(needed), -1 if most is None else most]
+        self._run("limit_actors", *args)
+
+    def set_limit(self, name: str, capacity: int | None) -> int:
+        """Sets how many slots a limit has; None: what settings or actors say. How many it has now."""
+        quoted = f"@{quote(name[1:])}" if name.startswith("@") else quote(name)
+        slots: int = self._run("limit", quoted, -1 if capacity is None else capacity)
+        return slots
+
+    def limits(self) -> list[tuple[str, int, str, dict[str, str]]]:
+        """Of each limit its name, its capacity, who set that (``hand``, ``worker`` or nobody), and its slots with the
+        ids of the jobs that hold them."""
+        return sorted(
+            (
+                unquote(name),
+                capacity,
+                source.decode(),
+                {slot.decode(): holder.decode().partition(" ")[0] for slot, holder in flat(held).items()},
+            )
+            for name, capacity, source, held in self._run("limits")
+        )
+
+    def lacking(self, job_id: str) -> list[tuple[str, int, int, dict[str, float]]]:
+        """The limits that have no room for a job: name, how many slots it needs, how many there are, and the jobs that
+        hold them with when each was started (Unix seconds)."""
+        answer = self._run("why", job_id)
+        if answer is None:
+            raise JobNotFound.of(job_id, self.namespace)
+        return [
+            (unquote(name), number, most, {job.decode(): at / 1000 for job, at in flat(holders).items()})
+            for name, number, most, holders in answer
+        ]
 
     # Groups, and what jobs keep for each other
 
@@ -1389,7 +1460,7 @@ def _refusals(answer: list[Any]) -> list[tuple[int, str]]:
 
 def _held(item: list[Any]) -> Held:
     job_id, queue, actor, attempt, created, retries, body, crashes, stalls, priority, parent, checkpoint, at = item[:13]
-    alone, lane = item[13:]
+    alone, lane = item[13:15]
     return Held(
         job_id.decode(),
         unquote(queue),
@@ -1406,6 +1477,7 @@ def _held(item: list[Any]) -> Held:
         at,
         alone == 1,
         functions_of(lane.decode()) if lane else (),
+        *item[15:],
     )
 
 

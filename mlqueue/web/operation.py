@@ -39,6 +39,10 @@ MULTIPART: Final = "multipart/form-data"
 PATHS: Final[Mapping[str, tuple[Schema, str]]] = {
     "job_id": ({"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"}, "The id of a job."),
     "actor": ({"type": "string", "minLength": 1, "maxLength": 200}, "The name of an actor."),
+    "limit": (
+        {"type": "string", "minLength": 2, "maxLength": 100},
+        "The name of a limit: a resource, or `@` and the name of an actor.",
+    ),
     "extension": (
         {"type": "string", "pattern": "^[A-Za-z0-9]{1,12}$"},
         "The extension of a file: says of which type the bytes of a result are.",

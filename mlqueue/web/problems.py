@@ -15,6 +15,7 @@ from ..errors import (
     BodyTooLarge,
     EncodeError,
     InvalidArguments,
+    JobExists,
     JobFailed,
     MLQueueError,
     RangeNotSatisfiable,
@@ -97,6 +98,8 @@ def problem(error: MLQueueError) -> dict[str, Any]:
         found["errors"] = [{"path": path, "detail": text} for path, text in error.faults]
     elif isinstance(error, EncodeError) and error.path:
         found["errors"] = [{"path": f"$.{error.path}", "detail": error.message}]
+    elif isinstance(error, JobExists):
+        found["job_id"] = error.job_id
     elif isinstance(error, JobFailed):
         found |= {
             "job_id": error.job_id,

@@ -45,6 +45,20 @@ HardLimit = Annotated[
 Priority = Annotated[int, "Lower runs first.", Limits(ge=-1000, le=1000)]
 Tag = Annotated[str, Limits(min_length=1, max_length=100)]
 Tags = Annotated[list[Tag], "Texts to find the job by.", Limits(max_length=20)]
+Key = Annotated[str, Limits(min_length=1, max_length=200)]
+ConcurrencyKey = Annotated[
+    Key, "Of the actor's jobs with the same key only so many run at a time as its `concurrency` says."
+]
+FairBy = Annotated[Key, "Jobs of each value have their turn; `tag:PREFIX` is the tag that begins so."]
+UniqueKey = Annotated[Key, "Of the actor's jobs with this key there is one: another is answered with it."]
+UniqueFor = Annotated[
+    Literal["queued", "active"] | Annotated[float, Limits(ge=0.001, le=1e9)],
+    "While it waits (`queued`), until it has ended (`active`, the default), or for so many seconds.",
+]
+UniquePolicy = Annotated[
+    Literal["return", "reject", "replace"],
+    "What becomes of another: it is answered with the one that is there, is 409, or ends that one.",
+]
 Function = Annotated[str, Limits(min_length=1, max_length=200)]
 Functions = Annotated[
     list[Function],
@@ -63,6 +77,11 @@ class Options(TypedDict, total=False):
     priority: Priority | None
     queue_timeout: QueueTimeout | None
     tags: Tags | None
+    concurrency_key: ConcurrencyKey | None
+    fair_by: FairBy | None
+    unique_key: UniqueKey | None
+    unique_for: UniqueFor | None
+    unique_policy: UniquePolicy | None
 
 
 #: The names of the options.

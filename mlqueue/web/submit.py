@@ -18,7 +18,7 @@ from flask import Response
 
 from .. import codec
 from ..app import message_options
-from ..errors import ActorNotFound, EncodeError, Forbidden, InvalidArguments, JobNotFound, KeyReused
+from ..errors import ActorNotFound, EncodeError, Forbidden, InvalidArguments, JobExists, JobNotFound, KeyReused
 from ..job import new_id
 from ..listeners import QUEUE
 from ..message import LISTENER, OPTION_CHECKS
@@ -92,7 +92,7 @@ class Chosen(NamedTuple):
     confirms_keys=True,
     parameters=(IDEMPOTENCY_KEY, PREFER),
     body={JSON: Post, MSGPACK: Post, MULTIPART: Post},
-    errors=(KeyReused, JobNotFound),
+    errors=(KeyReused, JobNotFound, JobExists),
     answers={
         202: Answer("The job exists; this is its id, or its record.", {TEXT: ID_TEXT, JSON: RECORD}, LOCATION),
         200: Answer(
@@ -118,7 +118,7 @@ def post_job(call: Call) -> Response:
     parameters=(IDEMPOTENCY_KEY, PREFER),
     body={JSON: Submit, MSGPACK: Submit, MULTIPART: {"type": "object"}},
     body_required=False,
-    errors=(KeyReused, ActorNotFound, JobNotFound),
+    errors=(KeyReused, ActorNotFound, JobNotFound, JobExists),
     answers={202: ACCEPTED, 200: WAITED},
 )
 def submit_job(call: Call, actor: str) -> Response:
@@ -133,7 +133,7 @@ def submit_job(call: Call, actor: str) -> Response:
         body = _from_form(read_body(call), published, call.mount.max_values)
     else:
         body = read_body(call) or {}
-    return _answer(call, [_called(actor, body, published)])
+    return _answer(call, [_called(call, actor, body, published)])
 
 
 BULK: Final = {
@@ -176,7 +176,7 @@ BULK_ANSWER: Final = {
     confirms_keys=True,
     parameters=(IDEMPOTENCY_KEY,),
     body={JSON: BULK, MSGPACK: BULK},
-    errors=(KeyReused, ActorNotFound, JobNotFound),
+    errors=(KeyReused, ActorNotFound, JobNotFound, JobExists),
     answers={202: Answer("The jobs exist; in the order of the request.", {JSON: BULK_ANSWER})},
 )
 def submit_jobs(call: Call) -> Response:
@@ -194,7 +194,7 @@ def submit_jobs(call: Call) -> Response:
                 if actor not in published:
                     published[actor] = _published(call, actor)
                 body = check(_SUBMIT, {name: value for name, value in item.items() if name != "actor"})
-                chosen.append(_called(actor, body, published[actor]))
+                chosen.append(_called(call, actor, body, published[actor]))
             else:
                 chosen.append(_posted(check(_POST, item)))
     submitted = _enqueue(call, chosen)
@@ -210,9 +210,15 @@ def _posted(body: Mapping[str, Any]) -> Chosen:
     return Chosen(LISTENER, QUEUE, (body["msg"],), {}, {"result_ttl": None}, options)
 
 
-def _called(actor: str, body: Mapping[str, Any], published: Mapping[str, Any]) -> Chosen:
+def _called(call: Call, actor: str, body: Mapping[str, Any], published: Mapping[str, Any]) -> Chosen:
     args, kwargs = bind(published, body.get("args", ()), body.get("kwargs", {}))
-    return Chosen(actor, published["queue"], args, kwargs, published["defaults"], _options(body))
+    options = _options(body)
+    if actor not in call.mlq.broker.actors:
+        for name in published.get("keys", ()):
+            if name not in options:
+                text = f"is made of the arguments by a function of the actor {actor}, which is not here; give it"
+                raise InvalidArguments(f"$.{name} {text}.", faults=[(f"$.{name}", text)])
+    return Chosen(actor, published["queue"], args, kwargs, published["defaults"], options)
 
 
 def _options(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,7 +366,7 @@ def _replayed(submitted: Submitted) -> dict[str, str]:
 
 def submit_call(call: Call, actor: str, body: Mapping[str, Any]) -> str:
     """Submits the call of an actor that `body` asks for, as `submit_job` does; the id of the job."""
-    return _enqueue(call, [_called(actor, check(_SUBMIT, body), _published(call, actor))]).ids[0]
+    return _enqueue(call, [_called(call, actor, check(_SUBMIT, body), _published(call, actor))]).ids[0]
 
 
 __all__ = ["post_job", "submit_call", "submit_job", "submit_jobs"]

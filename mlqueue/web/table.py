@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from . import actors, dead, health, jobs, live, metrics, mlq, openapi, results, seen, submit
+from . import actors, dead, health, jobs, limits, live, metrics, mlq, openapi, results, seen, submit
 from .operation import Operation
 
 __all__ = ["OPERATIONS"]
@@ -23,6 +23,10 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     jobs.retry_job,
     jobs.list_attempts,
     jobs.redeliver_callback,
+    limits.explain_job,
+    limits.list_limits,
+    limits.set_limit,
+    limits.unset_limit,
     results.read_result,
     results.read_result_as,
     mlq.count_jobs,

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves create hooks start
+-- parts: events counts queue limits moves create hooks start
 -- A job that waits for another one: registers its bell, and has its own worker run the other if it waits in a lane of
 -- that worker. ARGV: id and attempt of the one that waits, id of the other, bell, worker, nonce (another after each job
 -- that it got), 1 when the worker may start it, then queue and lane of each that it serves.
@@ -59,6 +59,29 @@ if not rec.watched then
   call('HSET', jkey(target), 'W', 1)
 end
 
+-- What it needs slots of, where that is limited, and the slots that those who wait for it lend to it; false when it
+-- cannot have them now.
+local group = string.sub(rec.lane, -1) == '@' and (call('HGET', jkey(target), 'E') or '/') or nil
+local needs = rec.state == 'q' and limits() and limited.needs(rec.actor, group) or nil
+local lent = nil
+if needs and needs[1] then
+  local slots, later = limited.borrow(needs, limited.waiting(id, target))
+  lent = slots or false
+  if later then
+    -- If not here and now, it may be started with them by whoever can.
+    call('HSET', R .. ':lim:lent', target, id)
+  end
+end
+if limits() and call('HEXISTS', jkey(id), 'H') == 1 then
+  -- From now on it lends what it holds.
+  for _, other in ipairs(call('HKEYS', R .. ':lim:lent')) do
+    local f = call('HMGET', jkey(other), 'q', 'l', 'a')
+    if f[1] then
+      ring(f[1], f[2] or f[3])
+    end
+  end
+end
+
 local wkey, held = R .. ':w:' .. worker, R .. ':h:' .. worker
 if not may_start or call('HEXISTS', wkey, 'info') == 0 then
   return { rec.state, {}, {}, holder }
@@ -95,11 +118,17 @@ local function startable()
   end
 end
 
-local shelf = rec.state == 'q' and startable()
+local shelf = rec.state == 'q' and lent ~= false and startable()
 if shelf then
-  start(target, worker)
+  start(target, worker, nil, needs, lent)
   call('SADD', held, target)
   call('ZREM', shelf, target)
+  if lent then
+    call('HDEL', R .. ':lim:lent', target)
+  end
+  if group and not rec.alone then
+    limited.took(target, rec, group, true)
+  end
   call('HSET', jkey(target), 'Y', nonce)
   if rec.alone then
     local iso = call('HGET', wkey, 'iso')

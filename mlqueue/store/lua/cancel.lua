@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves create hooks ends
+-- parts: events counts queue limits moves create hooks ends
 -- ARGV: id. A waiting job ends cancelled; a running one gets the flag and its worker is told. Returns the state that
 -- the job was in, or false.
 local id = ARGV[1]

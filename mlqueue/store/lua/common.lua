@@ -76,10 +76,24 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:data:KEY       hash    what jobs stored for each other: v value, or n number of chunks; z size, g generation
   R:data:KEY:G:I   string  chunk I of generation G of it
   R:pools          hash    how pools that prepare batches fare, by run: when it was told, and what (MessagePack)
+  R:lim            hash    how many slots limits have: NAME what was set by hand, ~NAME what a worker has told
+  R:lim:a          hash    limits of actors (MessagePack): resources as {name, how many}, 1 when so many jobs run at a time
+  R:lim:s:NAME     hash    the slots of a limit that are in use: who holds each, "ID ATTEMPT"
+  R:lim:used       set     names of limits of which slots are in use
+  R:lim:next:NAME  string  place and need of the job that was called when a slot became free, for a moment
+  R:lim:lent       hash    jobs that may be lent slots, by those who wait for them: who does
+  R:park           set     names of limits that somebody waits for
+  R:park:NAME      zset    who waits for a limit: "QUEUE:LANE", or "QUEUE:LANE GROUP" with the group's turn
+  R:fair:g:LANE:GROUP zset  waiting jobs of a group, scored as in their shelf; LANE is QUEUE:LANE
+  R:fair:t:LANE    zset    the groups of a lane that may start a job, by their turn
+  R:fair:n         hash    how many turns there were in each lane
+  R:uk:ACTOR:KEY   string  the job that came with a unique key last
   R:datas          zset    the keys of such data (quoted) by the time when they expire, +inf for never
 
 A lane holds the jobs that the same workers can run: it is the actor's name, or the actor's name, "|" and a list of
 functions. A worker asks for lanes that it can run, so a job that nobody can run blocks nothing.
+
+Where jobs take turns the lane ends in "@", behind its "|": "train|@" (part_limits.lua).
 
 A callback is a job of its own, in the queue mlqueue.callbacks: the script that ends a job creates it (its id is the
 job's, ".cb" and the job's number, its parent the job), and workers deliver it beside their threads. So is an event for a
@@ -99,6 +113,7 @@ attempt was prolonged, and the nonce of the last time,
 m attempt that logged metrics last, o how many lines were dropped from its log and how many bytes the others have, the
 attempt that wrote last and how many lines that has written (MessagePack), e what its last attempt used (MessagePack: CPU
 time in ms, most memory, most memory of GPUs, whether it ran alone, attempt),
+H slots that it holds (MessagePack), E its group (concurrency key, "/", what it takes turns by), D its unique key,
 M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.
 
 States: q queued (also in shelf i: queued, to be run alone), w scheduled, r running, s succeeded, d dead, c cancelled.

@@ -1,5 +1,5 @@
 #!lua
--- parts: events queue create
+-- parts: events queue limits create
 -- ARGV: one packed job each, a large body (false in it) behind it. Returns for each job 1 (created), 0 (the id existed) or
 -- the error's text.
 local answer, i, last = {}, 0, #ARGV

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves ends remove
+-- parts: events counts queue limits moves ends remove
 -- Forgets waiting jobs. ARGV: queue ('' all but callbacks to be delivered), how many at most. Returns how many it forgot.
 local gone, limit = 0, tonumber(ARGV[2])
 for _, name in ipairs(call('SMEMBERS', R .. ':shelves')) do

@@ -1,5 +1,5 @@
 #!lua
--- parts: events queue moves create
+-- parts: events queue limits moves create
 -- Creates dead jobs, as they were exported. ARGV: how long dead jobs are kept in ms (-1: for ever), then one packed item
 -- each: the job (as `create` takes it), further fields of its record (flat), when it died in ms, its error, its attempts
 -- (each packed), and, if it has one, its checkpoint: size, value, number of chunks (0: the value is here), generation.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events queue moves
+-- parts: events queue limits moves
 -- Puts jobs where they belong: those that run nowhere into their queues, others onto the shelf of their state. ARGV: id and
 -- what is wrong (astray.lua) of each. Looks again before it acts. Returns how many it has put back.
 local put = 0

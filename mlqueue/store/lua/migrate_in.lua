@@ -1,5 +1,5 @@
 #!lua
--- parts: events queue
+-- parts: events queue limits
 -- Makes jobs that migrate_out has taken off in another store, as they were there, behind those that are here. ARGV: the
 -- store that they come from, token of who migrates, then what they were.
 -- Returns for each 1 (it is here, from now or before), 0 (another job has its id), or the error's text.
@@ -9,7 +9,7 @@ if call('GET', R .. ':mig:own' .. from) ~= ARGV[2] then
 end
 
 -- Fields that say where a job stood there, or what only its calls there knew.
-local NOT_KEPT = { s = true, n = true, W = true, A = true, i = true, M = true, Y = true, q = true, a = true, l = true }
+local NOT_KEPT = { s = true, n = true, W = true, A = true, i = true, M = true, Y = true, H = true, q = true, a = true, l = true }
 
 local WRITE = { s = 'SET', h = 'HSET', l = 'RPUSH' }
 
@@ -41,7 +41,9 @@ local function make(item)
     local key = R .. ':' .. name .. ':' .. id
     call('UNLINK', key)
     if type(value[2]) == 'table' then
-      call(WRITE[value[1]], key, unpack(value[2]))
+      for first = 1, #value[2], 1000 do -- a log may have more lines than a call takes arguments
+        call(WRITE[value[1]], key, unpack(value[2], first, math.min(first + 999, #value[2])))
+      end
     else
       call(WRITE[value[1]], key, value[2])
     end
@@ -54,6 +56,18 @@ local function make(item)
     call('HSET', jkey(id), 'l', f.l)
   end
   call('SADD', arrived, id)
+  if (state == 'q' or state == 'w') and tonumber(f.U) then
+    call('ZADD', R .. ':qt', f.U, id)
+  end
+  if f.D then
+    -- The key leads to the job that came with it last, which may have arrived before.
+    local unique = R .. ':uk:' .. f.a .. ':' .. f.D
+    local other = call('GET', unique)
+    local since = other and call('HMGET', jkey(other), 'N', 't')
+    if not since or tonumber(since[1] or since[2] or 0) <= tonumber(f.N or f.t) then
+      call('SET', unique, id)
+    end
+  end
   if state == 'q' then
     requeue(id, rec, {})
   elseif state == 'w' then

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events queue moves
+-- parts: events queue limits moves
 -- Takes jobs off, to be made again in another store: from here on nobody starts, changes or sees them, and what they
 -- were stands in R:mig:j:ID until they have arrived. ARGV: token of who migrates, how many bytes are enough for one
 -- answer, then ids. Returns a list of each that was taken: id, what it was (MessagePack), and of each of its blobs in
@@ -9,7 +9,7 @@ if call('GET', R .. ':mig:own') ~= ARGV[1] then
 end
 
 -- What belongs to a job beside its record; chunks are named by these and stay where they are.
-local BESIDE = { 'b', 'r', 'e', 'at', 'ck', 'cb', 'ca' }
+local BESIDE = { 'b', 'r', 'e', 'at', 'ck', 'cb', 'ca', 'lg', 'me' }
 
 -- What running jobs need here: those that they wait for, and the jobs of callbacks that are being delivered.
 local needed = {}
@@ -66,7 +66,11 @@ local function take(id, rec)
   for _, name in ipairs(BESIDE) do
     beside[name] = value_of(R .. ':' .. name .. ':' .. id)
   end
-  local tags = call('HGET', jkey(id), 'G')
+  local tags, unique = unpack(call('HMGET', jkey(id), 'G', 'D'))
+  unique = unique and R .. ':uk:' .. rec.actor .. ':' .. unique
+  if unique and call('GET', unique) == id then
+    call('UNLINK', unique)
+  end
   local packed = cmsgpack.pack({ id, rec.state, call('HGETALL', jkey(id)), beside,
     tonumber(call('ZSCORE', R .. ':exp', id) or -1), tonumber(call('ZSCORE', R .. ':dead', id) or -1), chunks })
   call('SET', R .. ':mig:j:' .. id, packed)
@@ -76,7 +80,7 @@ local function take(id, rec)
   for _, tag in ipairs(tags and cmsgpack.unpack(tags) or {}) do
     call('ZREM', R .. ':tag:' .. tag, id)
   end
-  for _, name in ipairs({ 'sched', 'exp', 'dead' }) do
+  for _, name in ipairs({ 'sched', 'qt', 'exp', 'dead' }) do
     call('ZREM', R .. ':' .. name, id)
   end
   if rec.state == 'q' or rec.state == 'w' then

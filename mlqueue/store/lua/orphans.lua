@@ -25,7 +25,7 @@ local function is_orphan(key)
     local well, named = pcall(names_chunk, id, what)
     return well and not named
   elseif kind == 'b' or kind == 'r' or kind == 'e' or kind == 'at' or kind == 'ck' or kind == 'wt' or kind == 'cb'
-    or kind == 'ca' then
+    or kind == 'ca' or kind == 'lg' or kind == 'me' then
     return call('EXISTS', jkey(rest)) == 0
   elseif kind == 'h' then
     return not call('ZSCORE', R .. ':workers', rest)

@@ -1,5 +1,8 @@
 -- Creating jobs.
 
+-- part_unique.lua
+local claim_unique = nil
+
 -- A body of more bytes has a key of its own.
 local INLINE = 64
 
@@ -7,10 +10,12 @@ local INLINE = 64
 local IN_CHUNKS = '\193MQa'
 
 -- item: id, queue, actor, lane, priority, delay (-1: none), due (-1: none), body, ttl, parent, tags, most crashes,
--- most stalls, callback's URL, timeout in ms, queue timeout in ms (counted from when the job is due). With a webhook,
--- instead of the callback's URL: that or false, the URL of the webhook, its events (letters), the shortest time between two
--- events of progress in ms.
--- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent).
+-- most stalls, callback's URL, timeout in ms, queue timeout in ms (counted from when the job is due), group (its
+-- concurrency key, "/", what it takes turns by), unique (key, how long it is unique, what to do with another). With a
+-- webhook, instead of the callback's URL: that or false, the URL of the webhook, its events (letters), the shortest time
+-- between two events of progress in ms.
+-- Returns 1, or 0 when the id exists already (then nothing changes: submitting is idempotent), or what `claim_unique`
+-- says.
 local function create(item)
   local id, queue, actor, lane, priority = item[1], item[2], item[3], item[4], item[5]
   local delay, due, body, ttl, tags = item[6], item[7], item[8], item[9], item[11]
@@ -21,14 +26,16 @@ local function create(item)
   if call('EXISTS', key) == 1 then
     return 0
   end
-  if string.sub(body, 1, 4) == IN_CHUNKS then
-    local ref = cmsgpack.unpack(string.sub(body, 5))
-    for i = 0, ref[2] - 1 do
-      assert(call('EXISTS', R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i) == 1, 'a chunk of the arguments is gone')
-    end
-    for i = 0, ref[2] - 1 do
-      call('PERSIST', R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i)
-    end
+  local ref = string.sub(body, 1, 4) == IN_CHUNKS and cmsgpack.unpack(string.sub(body, 5))
+  for i = 0, ref and ref[2] - 1 or -1 do
+    assert(call('EXISTS', R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i) == 1, 'a chunk of the arguments is gone')
+  end
+  local only = item[18] and claim_unique(item)
+  if only then
+    return only
+  end
+  for i = 0, ref and ref[2] - 1 or -1 do
+    call('PERSIST', R .. ':x:' .. id .. ':a' .. ref[1] .. ':' .. i)
   end
   local rec = {
     state = '-', queue = queue, actor = actor, lane = lane, priority = priority, number = call('INCR', R .. ':seq'),
@@ -57,6 +64,11 @@ local function create(item)
     also('C', 1)
   end
   if item[15] then also('J', item[15]) end
+  if item[17] then
+    rec.group = item[17]
+    also('E', item[17])
+  end
+  if item[18] then also('D', item[18][1]) end
   if #body <= INLINE then
     also('b', body)
   else

@@ -89,6 +89,9 @@ local function finish(id, rec, state, fields, ttl)
     if rec.awaits then
       call('HDEL', jkey(id), 'A')
     end
+    if limits() then
+      limited.free(id, rec)
+    end
   end
   if state == 'd' then
     gather(ends.dead, R .. ':dead', NOW, id)

@@ -2,6 +2,9 @@
 
 local function unshelve(state, rec, id)
   call('ZREM', R .. ':s:' .. state .. ':' .. rec.queue .. ':' .. rec.lane, id)
+  if state == 'q' and limits() then
+    limited.left(id, rec)
+  end
 end
 
 -- The record's fields that moves need, or nil when there is none; and when it was started. That is not one of them because

@@ -8,6 +8,16 @@ local ISOLATE_AFTER = 2
 
 local shelved = {}
 
+-- The functions of part_limits.lua; false where no limits are in use, and `surely` where they are from now on.
+local make_limits, limited = nil, nil
+
+local function limits(surely)
+  if limited == nil or surely and not limited then
+    limited = (surely or call('EXISTS', R .. ':lim:a', R .. ':fair:n') > 0) and make_limits()
+  end
+  return limited
+end
+
 local function shelve(state, rec, id)
   local name = state .. ':' .. rec.queue .. ':' .. rec.lane
   local score = rec.number
@@ -18,6 +28,9 @@ local function shelve(state, rec, id)
   if not shelved[name] then
     shelved[name] = true
     call('SADD', R .. ':shelves', name)
+  end
+  if state == 'q' and string.sub(rec.lane, -1) == '@' then
+    limits(true).join(id, rec, score)
   end
 end
 
@@ -59,6 +72,9 @@ local function leave(id, rec)
   end
   if rec.awaits then
     call('HDEL', jkey(id), 'A')
+  end
+  if limits() then
+    limited.free(id, rec)
   end
 end
 

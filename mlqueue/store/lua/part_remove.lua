@@ -7,11 +7,15 @@ local function remove(id)
     end
     unshelve(rec.state, rec, id)
     unshelve('i', rec, id)
-    local tags = call('HGET', jkey(id), 'G')
-    if tags then
-      for _, tag in ipairs(cmsgpack.unpack(tags)) do
+    local f = call('HMGET', jkey(id), 'G', 'D')
+    if f[1] then
+      for _, tag in ipairs(cmsgpack.unpack(f[1])) do
         call('ZREM', R .. ':tag:' .. tag, id)
       end
+    end
+    local unique = f[2] and R .. ':uk:' .. rec.actor .. ':' .. f[2]
+    if unique and call('GET', unique) == id then
+      call('UNLINK', unique)
     end
     if not ENDED[rec.state] then
       emit('removed', id)

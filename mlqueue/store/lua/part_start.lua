@@ -10,7 +10,7 @@ end
 
 -- What the worker gets of a job: id, queue, actor, attempt, created (or retried by hand: its age begins anew), retries,
 -- body, crashes, stalls, priority, parent, whether there is a checkpoint, started, whether it is to run alone, its lane
--- (when it is not the actor).
+-- (when it is not the actor); and the slots that it holds, if it does.
 local function hand_over(id, f, attempt, started)
   return { id, f[4], f[5], attempt, tonumber(f[18] or f[6]), tonumber(f[9] or 0),
     f[7] or call('GET', R .. ':b:' .. id) or '', tonumber(f[10] or 0), tonumber(f[11] or 0), tonumber(f[12] or 0),
@@ -25,6 +25,7 @@ local function hand_over_again(packed, worker)
     local f = read(id)
     if f[1] == 'r' and f[2] == worker and tonumber(f[3]) == items[i + 1] then
       jobs[#jobs + 1] = hand_over(id, f, tonumber(f[3]), tonumber(f[15]))
+      jobs[#jobs][16] = call('HGET', jkey(id), 'H') or nil
     end
   end
 end
@@ -49,8 +50,9 @@ local function timeout_of(own)
 end
 
 -- Starts a queued job; the caller adds `ids` to what the worker holds, and takes them from their shelf. One whose queue
--- timeout is over is given to `expire` instead.
-local function start(id, worker, expire)
+-- timeout is over is given to `expire` instead. needs: the slots that it needs, lent: those of them that others lend to it
+-- (part_limits.lua).
+local function start(id, worker, expire, needs, lent)
   local f = read(id)
   if f[1] ~= 'q' then
     return
@@ -62,6 +64,10 @@ local function start(id, worker, expire)
     end
     call('HSET', jkey(id), 'U', f[21] .. ' ' .. attempt)
     call('ZREM', R .. ':qt', id)
+  end
+  local slots = needs and limited.grab(id, attempt, needs, lent)
+  if slots then
+    call('HSET', jkey(id), 'H', slots)
   end
   if attempt > 1 then
     -- What an earlier attempt reported and used, and who started it; by how much it was prolonged.
@@ -88,6 +94,7 @@ local function start(id, worker, expire)
   ids[#ids + 1] = id
   given[#given + 1], given[#given + 2] = id, attempt
   jobs[#jobs + 1] = hand_over(id, f, attempt, NOW)
+  jobs[#jobs][16] = slots
 end
 
 local function callbacks_waiting()

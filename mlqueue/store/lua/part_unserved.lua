@@ -54,7 +54,7 @@ local function bury_unserved(outcomes, patience)
   end
   local by_queue = crews()
   for _, name in ipairs(lanes) do
-    local queue, list = string.match(name, '^([^:]*):[^|]*|(.*)$')
+    local queue, list = string.match(name, '^([^:]*):[^|]*|(.-)@?$')
     local shelf, alone, served, alive = R .. ':s:q:' .. name, R .. ':s:i:' .. name, false, false
     local functions = {}
     for one in string.gmatch(list, '[^,]+') do
@@ -64,6 +64,7 @@ local function bury_unserved(outcomes, patience)
       alive = true
       served = served or has_all(known, functions)
     end
+    served = served or not functions[1] -- it has no list of functions: its jobs take turns
     if call('EXISTS', shelf, alone) == 0 then
       call('SREM', R .. ':fl', name)
       call('HDEL', R .. ':unserved', name)

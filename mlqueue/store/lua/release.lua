@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves create hooks ends history late release
+-- parts: events counts queue limits moves create hooks ends history late release
 -- ARGV: worker, reason (crash, stall, drain), error, most crashes, most stalls, what is known of its jobs (packed):
 -- attempts that had begun by job (false: not known, so all), and by job the attempt for which its process was killed and
 -- why. Returns ids and outcomes, flat.

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves ends remove
+-- parts: events counts queue limits moves ends remove
 -- Forgets jobs. ARGV: states that they may be in (letters; of one that runs nothing is forgotten), time in ms at which
 -- they must have ended, or if they have not, been created, at the latest (-1 any), then ids.
 -- Returns for each 1 (forgotten) or 0 (it is as it was, or unknown).

@@ -1,9 +1,9 @@
 #!lua
--- parts: events counts queue moves ends
+-- parts: events counts queue limits moves ends
 -- Puts ended jobs back at the end of their queues, their counts at nought; their attempts go on. ARGV: nonce, states that
 -- they may be in (letters), then id and body ('' as it is) of each.
 -- Returns for each the state that it was in (it is as it was if that is none of those), false when there is no such job,
--- or the error's text.
+-- "only" and the id of the job that its unique key leads to, or the error's text.
 local nonce, states = ARGV[1], ARGV[2]
 
 -- The chunks of a body, where it stands for some.
@@ -41,6 +41,16 @@ local function retry(id, body)
   each_chunk(id, body, function(key)
     assert(call('EXISTS', key) == 1, 'a chunk of the arguments is gone')
   end)
+  local key = call('HGET', jkey(id), 'D')
+  if key then
+    local unique = R .. ':uk:' .. rec.actor .. ':' .. key
+    local other = call('GET', unique)
+    local beside = other and other ~= id and load(other)
+    if beside and not ENDED[beside.state] then
+      return 'only ' .. other
+    end
+    call('SET', unique, id)
+  end
   each_chunk(id, body, function(key) call('PERSIST', key) end)
   local was = rec.state
   unshelve(was, rec, id)

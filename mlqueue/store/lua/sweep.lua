@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create hooks ends history late release remove expire unserved course
+-- parts: events counts queue limits moves promote create hooks ends history late release remove expire unserved course
 -- Releases the jobs of workers whose lease has ended, takes back what runs longer than it may, promotes what is due,
 -- buries what no worker knows the functions of or what has not begun in time, forgets what has expired.
 -- ARGV: sweeper, how long it stays elected in ms, lease in ms, error for stalled jobs, most crashes, most stalls,
@@ -40,6 +40,9 @@ for _, id in ipairs(call('ZRANGEBYSCORE', R .. ':qt', '-inf', NOW, 'LIMIT', 0, 5
   end
 end
 write_ends()
+if limits() then
+  limited.mend()
+end
 write_counts()
 local expired = call('ZRANGEBYSCORE', R .. ':exp', '-inf', NOW, 'LIMIT', 0, 2000)
 for _, id in ipairs(expired) do

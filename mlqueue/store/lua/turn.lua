@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue moves promote create hooks ends history progress settle expire start
+-- parts: events counts queue limits moves promote create hooks ends unique history progress settle expire start
 -- A worker's turn: settles what it has finished and fetches what it can start, in one call.
 -- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
 -- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.
@@ -41,10 +41,37 @@ local function heads(shelf)
     local key = R .. ':s:' .. shelf .. ':' .. ARGV[5 + 2 * i] .. ':' .. ARGV[6 + 2 * i]
     local head = call('ZRANGE', key, 0, 0, 'WITHSCORES')
     if head[1] and not (paused and paused[ARGV[5 + 2 * i]]) then
-      found[#found + 1] = { key = key, score = tonumber(head[2]), lane = i }
+      found[#found + 1] = { key = key, score = tonumber(head[2]), index = i }
+      if limits() then
+        -- Whoever has no free thread will look again when he has one.
+        limited.idle = want > 0
+        local lane = found[#found]
+        lane.shelf, lane.queue, lane.lane = shelf, ARGV[5 + 2 * i], ARGV[6 + 2 * i]
+        lane.actor = string.match(lane.lane, '^[^|]*')
+      end
     end
   end
-  return found
+  return limited and limited.startable(found) or found
+end
+
+-- Takes the next job from a lane whose jobs need slots; false when none may start any more.
+local function take_limited(lane)
+  local id, needs, group = limited.first(lane)
+  if not id then
+    return false
+  end
+  local before = #ids
+  pcall(start, id, worker, expire, needs)
+  if #ids > before then
+    call('SADD', held, id)
+  end
+  call('ZREM', lane.key, id)
+  if group then
+    limited.took(id, lane, group, #ids > before)
+  end
+  local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
+  lane.score = tonumber(head[2]) or lane.score
+  return head[1] and limited.first(lane)
 end
 
 -- Takes from the lanes in the order of (priority, number) over all of them.
@@ -59,44 +86,63 @@ local function take(shelf, n)
       if i ~= best and found[i].score < bound then bound = found[i].score end
     end
     local lane = found[best]
-    -- As many as come before the head of any other lane.
-    local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
-    local before = #ids
-    for _, id in ipairs(run) do
-      pcall(start, id, worker, expire) -- one broken record must not hold up the others
+    local goes_on = true
+    if lane.limited then
+      goes_on = take_limited(lane)
+    else
+      -- As many as come before the head of any other lane.
+      local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
+      local before = #ids
+      for _, id in ipairs(run) do
+        pcall(start, id, worker, expire) -- one broken record must not hold up the others
+      end
+      if #ids > before then
+        call('SADD', held, unpack(ids, before + 1))
+      end
+      call('ZREM', lane.key, unpack(run))
     end
-    if #ids > before then
-      call('SADD', held, unpack(ids, before + 1))
-    end
-    call('ZREM', lane.key, unpack(run))
     local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
-    if head[1] then
+    if head[1] and goes_on then
       lane.score = tonumber(head[2])
     else
       table.remove(found, best)
     end
   end
-  return found
+  return limited and limited.startable(found) or found
 end
 
 local alone_in_hand = state[5] and call('SISMEMBER', held, state[5]) == 1
-if want > 0 and nlanes > 0 and not alone_in_hand then
-  if call('SCARD', held) == 0 then
-    take('i', 1)
-    if ids[1] then
-      call('HSET', wkey, 'iso', ids[1])
-    end
+local may_take = want > 0 and nlanes > 0 and not alone_in_hand
+if may_take and call('SCARD', held) == 0 then
+  take('i', 1)
+  if ids[1] then
+    call('HSET', wkey, 'iso', ids[1])
   end
-  if not ids[1] and not only_alone then
-    for _, lane in ipairs(take('q', want)) do
-      -- Somebody else may have a free thread for what is left.
-      ring(ARGV[5 + 2 * lane.lane], ARGV[6 + 2 * lane.lane])
-      left = 1
+end
+if may_take and not ids[1] and not only_alone then
+  if limits() then
+    -- What may have the slots of jobs that wait for it. They hold them, so no lane is taken from for it.
+    local lanes = {}
+    for i = 1, nlanes do
+      lanes[ARGV[5 + 2 * i] .. ':' .. ARGV[6 + 2 * i]] = not (paused and paused[ARGV[5 + 2 * i]])
     end
+    limited.start_lent(want, lanes, function(id, needs, lent)
+      local before = #ids
+      pcall(start, id, worker, expire, needs, lent)
+      if #ids > before then
+        call('SADD', held, id)
+      end
+      return #ids > before
+    end)
+  end
+  for _, lane in ipairs(take('q', want)) do
+    -- Somebody else may have a free thread for what is left.
+    ring(ARGV[5 + 2 * lane.index], ARGV[6 + 2 * lane.index])
+    left = 1
   end
 elseif nlanes > 0 and not only_alone then
   for _, lane in ipairs(heads('q')) do
-    ring(ARGV[5 + 2 * lane.lane], ARGV[6 + 2 * lane.lane])
+    ring(ARGV[5 + 2 * lane.index], ARGV[6 + 2 * lane.index])
     left = 1
   end
 end
@@ -104,5 +150,8 @@ call('HSET', wkey, 'o', nonce, 'oj', cmsgpack.pack(given), 'os', cmsgpack.pack(r
 write_counts()
 if known == 0 then
   call('PEXPIRE', wkey, 2 * lease)
+end
+if limited and limited.again and want > #ids then
+  next_due = next_due >= 0 and math.min(next_due, limited.again) or limited.again
 end
 return { NOW, next_due, refused, jobs, left, known, callbacks_waiting() }
