@@ -309,7 +309,7 @@ class _Eager:
             delivery, scheduled = self._fetch()
             if delivery is not None:
                 self._process(delivery)
-            elif not scheduled or not _hasten(self._broker, self._broker.queues, delayed=False):
+            elif not scheduled or not _hasten(self._broker, self._broker.queues, delayed=False)[1]:
                 return
 
     def _fetch(self) -> tuple[Delivery | None, bool]:

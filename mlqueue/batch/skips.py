@@ -61,7 +61,7 @@ def detached(result: Any) -> Any:
     if type(result) is not dict or KEY not in result:
         return result
     for number, items in json.loads(result[KEY].tobytes()).items():
-        source = _sources.get(number)
-        for index, error in items if source is not None else ():
-            source.note_skipped(index, error)
+        if (source := _sources.get(number)) is not None:
+            for index, error in items:
+                source.note_skipped(index, error)
     return result["batch"]
