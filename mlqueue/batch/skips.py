@@ -44,7 +44,8 @@ def note(number: str, index: int, error: str) -> None:
 @contextlib.contextmanager
 def collected() -> Iterator[Noted]:
     """Within, what this thread notes is kept: a batch is prepared for another process."""
-    _local.noted = noted = {}
+    noted: Noted = {}
+    _local.noted = noted
     try:
         yield noted
     finally:
