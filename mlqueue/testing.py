@@ -208,9 +208,10 @@ def _wait_until_drained(broker: StoreBroker, queues: Collection[str], delayed: b
             if not count.state.ended and count.actor in broker.actors and count.queue in queues
         ]
         if all(count.state is State.SCHEDULED for count in left):
-            hastened = left and _hasten(broker, queues, delayed=delayed)
+            seen, hastened = _hasten(broker, queues, delayed=delayed) if left else (0, 0)
             callbacks = 0 if hastened else _hasten_callbacks(broker.store)
-            if not hastened and not callbacks:
+            # Of those counted some may have become due, and be on their way, when they are looked at.
+            if seen == sum(count.number for count in left) and not hastened and not callbacks:
                 return
             left = left or [Count(State.QUEUED, CALLBACKS, CALLBACK, callbacks)]
             if broker.pump is not None:
@@ -221,17 +222,19 @@ def _wait_until_drained(broker: StoreBroker, queues: Collection[str], delayed: b
         time.sleep(LOOK_INTERVAL)
 
 
-def _hasten(broker: StoreBroker, queues: Collection[str], *, delayed: bool) -> int:
-    """Makes scheduled jobs due: those that are retried, and if `delayed` those that never ran. How many."""
+def _hasten(broker: StoreBroker, queues: Collection[str], *, delayed: bool) -> tuple[int, int]:
+    """Makes scheduled jobs due: those that are retried, and if `delayed` those that never ran. How many scheduled jobs
+    there are, and how many of them were made due."""
     store = broker.store
-    due = {
-        record.id: 0
+    scheduled = [
+        record
         for record in store.scan(states=(State.SCHEDULED,))
-        if record.actor in broker.actors and record.queue in queues and (delayed or record.attempt)
-    }
+        if record.actor in broker.actors and record.queue in queues
+    ]
+    due = {record.id: 0 for record in scheduled if delayed or record.attempt}
     if due:
         store.connector.client.zadd(f"{store.root}:sched", due, xx=True)
-    return len(due)
+    return len(scheduled), len(due)
 
 
 def _hasten_callbacks(store: Store) -> int:
@@ -325,7 +328,7 @@ class _Eager:
             delivery, scheduled = self._fetch()
             if delivery is not None:
                 self._process(delivery)
-            elif not scheduled or not _hasten(self._broker, self._broker.queues, delayed=False):
+            elif not scheduled or not _hasten(self._broker, self._broker.queues, delayed=False)[1]:
                 return
 
     def _fetch(self) -> tuple[Delivery | None, bool]:

@@ -527,7 +527,6 @@ def test_with_nothing_but_functions_that_cannot_be_loaded_jobs_for_all_wait(
         (doubled, "x" * 201, "1 to 200 characters"),
         (doubled, "a\nb", "1 to 200 characters"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_posted_is_refused_at_once(mlq: MLQ, function: Any, name: str | None, text: str) -> None:
     for post in (mlq.register_function, lambda fn, name: sign_function(fn, KEY, name=name)):

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from mlqueue.batch import skips
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotWriter, read_description, receive_record
@@ -186,7 +187,9 @@ def perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Cal
     source = constant(number)
     if not is_pure(source):
         seed_global(seeded_key(index_batch) or key)
-    return gather(source, index_batch, empty)
+    with skips.collected() as noted:
+        batch = gather(source, index_batch, empty)
+    return skips.joined(batch, noted)
 
 
 def gather(source: Any, index_batch: Any, empty: Callable[..., np.ndarray]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlqueue.batch import skips
 from mlqueue.batch.collate import collate as stack_samples
 from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource
 from mlqueue.batch.errors import SampleError, TooManySkips
@@ -59,8 +60,8 @@ class SampleDataSource(RandomAccessDataSource):
 
     `errors`: what to do when a sample cannot be read (an ``Exception``): ``"raise"`` a
     :class:`~mlqueue.batch.errors.SampleError` with its index; ``"retry"`` it `retries` times, then raise; ``"skip"`` it
-    after `retries` tries: the batch is then shorter, and the sample is noted in :attr:`skipped` (of the process that
-    reads; in a pool of processes those are the workers). More than `max_skips` skipped samples, or a batch of which
+    after `retries` tries: the batch is then shorter, and the sample is noted in :attr:`skipped`, also when workers of a
+    pool read it. More than `max_skips` skipped samples, or a batch of which
     none is left, raise :class:`~mlqueue.batch.errors.TooManySkips`. The other arguments are those of
     :class:`~mlqueue.batch.data_source.RandomAccessDataSource`.
     """
@@ -82,9 +83,11 @@ class SampleDataSource(RandomAccessDataSource):
         #: The samples that could not be read, each once, in the order in which that was seen.
         self.skipped: list[SkippedSample] = []
         self._lock = threading.Lock()
+        self._number = skips.register(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        # What was skipped is known to the source here; a copy, as those in workers, begins with nothing.
+        return {**{name: value for name, value in self.__dict__.items() if name != "_lock"}, "skipped": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -125,16 +128,22 @@ class SampleDataSource(RandomAccessDataSource):
         return []
 
     def _skip(self, index: int, attempts: int, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        skips.note(self._number, index, text)
+        self.note_skipped(index, text, attempts, error)
+
+    def note_skipped(self, index: int, error: str, attempts: int = 0, cause: Exception | None = None) -> None:
+        """Adds a sample to `skipped`, unless it is there. Raises `TooManySkips` when there are too many."""
         with self._lock:
             if all(skipped.index != index for skipped in self.skipped):
-                self.skipped.append(SkippedSample(index, f"{type(error).__name__}: {error}"))
+                self.skipped.append(SkippedSample(index, error))
             if self.max_skips is not None and len(self.skipped) > self.max_skips:
                 raise TooManySkips(
                     f"{len(self.skipped)} samples could not be read, more than max_skips={self.max_skips}; the last "
                     f"was sample {index}: {error}",
                     index=index,
                     attempts=attempts,
-                ) from error
+                ) from cause
 
 
 class ImageFolder:

@@ -21,6 +21,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
 
+from mlqueue.batch import skips
 from mlqueue.batch.crew import BatchCall, Call, Crew, ThreadCrew
 from mlqueue.batch.data_source import AbstractDataSource, need_random_access, noise_entropy, state_of
 from mlqueue.batch.errors import BatchSkipped
@@ -148,7 +149,7 @@ class Window(Generic[T]):
         if self._how == "view":
             self._seen = lease
         self._fill()
-        return result
+        return skips.detached(result)
 
     def close(self) -> None:
         """End the work that has been given out."""

@@ -9,6 +9,7 @@ import pytest
 
 from mlqueue.batch.collate import pad_collate
 from mlqueue.batch.data_source import ArrayDataSource, ChoiceDataSource, CompositeDataSource, FunctionDataSource
+from mlqueue.batch.errors import TooManySkips
 from mlqueue.batch.mixing import mix
 from mlqueue.batch.sources import SampleDataSource, parquet_source, table_source
 from mlqueue.batch.work_pool import WorkerProcessPool, WorkerThreadPool
@@ -78,3 +79,23 @@ def test_batches_are_those_of_the_source_and_states_fit_both(make_pool, tmp_path
                 resumed = ds.batch_iterator(4, shuffle=make())
                 resumed.load_state_dict(state)
                 assert [tree(batch) for batch in itertools.islice(resumed, 12)] == expected[3:], name
+
+
+def test_what_workers_skip_is_known_to_the_source_here():
+    for pool in (WorkerThreadPool(2), WorkerProcessPool(2)):
+        with pool:
+            source = SampleDataSource(Flaky(), pad_collate(), errors="skip")
+            for epoch in range(2):
+                batches = list(pool.parallel_data_source(source).batch_iterator(8, shuffle=epoch))
+                assert sum(len(y) for *_, y in batches) == 38
+            assert sorted((skipped.index, skipped.error) for skipped in source.skipped) == [
+                (4, "OSError: cut short"),
+                (20, "OSError: cut short"),
+            ]
+
+
+def test_too_many_skips_of_several_workers_together_are_an_error_here():
+    with WorkerProcessPool(2) as pool:
+        source = SampleDataSource(Flaky(), pad_collate(), errors="skip", max_skips=1)
+        with pytest.raises(TooManySkips, match="2 samples could not be read, more than max_skips=1"):
+            list(pool.parallel_data_source(source).batch_iterator(8))
