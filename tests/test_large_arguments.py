@@ -27,6 +27,12 @@ def ttls(mlq: MLQ, keys: list[str]) -> set[int]:
 
 
 @pytest.fixture
+def global_broker(mlq: MLQ, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of Dramatiq's own asks the global broker for its result."""
+    monkeypatch.setattr(dramatiq.broker, "global_broker", mlq.broker)
+
+
+@pytest.fixture
 def size_of(mlq: MLQ) -> dramatiq.Actor:
     @mlq.actor(actor_name="size_of", max_retries=0)
     def size_of(data: bytes, tail: bool = False) -> object:
@@ -81,6 +87,7 @@ class TestALargeArgument:
         drain(mlq)
         assert mlq.job("one").result(timeout=1) == len(LARGE)
 
+    @pytest.mark.usefixtures("global_broker")
     def test_of_a_job_that_a_job_submits_arrives(self, mlq: MLQ, size_of: dramatiq.Actor) -> None:
         @mlq.actor
         def gives() -> bytes:
@@ -153,6 +160,7 @@ class TestDeadLettersWithLargeArguments:
         assert mlq.dead_letters.show(dead).args == [LARGE]
 
 
+@pytest.mark.usefixtures("global_broker")
 def test_arguments_of_a_message_of_dramatiqs_own_are_the_same(mlq: MLQ, size_of: dramatiq.Actor) -> None:
     message: Message[int] = size_of.message(LARGE)
     mlq.broker.enqueue(message)

@@ -42,7 +42,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "logs": Entry("logs", "Show what a job has printed and logged."),
     "result": Entry("result", "Wait for a job and print its result."),
     "stats": Entry("look", "Count jobs, and list the workers."),
-    "top": Entry("top", "Watch queues, workers and jobs: the dashboard in the terminal."),
+    "top": Entry("top", "Watch queues, workers and the latest jobs."),
     "cancel": Entry("steer", "Cancel jobs."),
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
     "why": Entry("limit", "Say in one sentence why a job does not run."),
@@ -57,10 +57,12 @@ COMMANDS: Final[dict[str, Entry]] = {
     "up": Entry("up", "Run workers, the HTTP interface and the embedded server in one terminal."),
     "server": Entry("server", "Run the embedded server of this folder."),
     "datasets": Entry("mlqueue.batch.cli", "Data sets: list, fetch, locate and remove them."),
-    "migrate": Entry("migrate", "Move all jobs to another store."),
-    "doctor": Entry("doctor", "Look for what is wrong with the store and its workers."),
-    "repair": Entry("doctor", "Mend what `doctor` finds broken in the store."),
-    "completion": Entry("completion", "Print what makes a shell complete mlqueue's words."),
+    "migrate": Entry("migrate", "Move all jobs of this store to the one at URL."),
+    "doctor": Entry("doctor", "Look for what is wrong with the store, its server and its workers."),
+    "repair": Entry("doctor", "Put jobs back that nobody would find, and remove keys that belong to no job."),
+    "completion": Entry(
+        "completion", "Print what makes SHELL complete mlqueue's commands, options, ids of jobs and names of actors."
+    ),
     "settings": Entry("settings", "Show all settings and where each is from."),
 }
 
