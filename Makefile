@@ -11,9 +11,9 @@ READY := $(VENV)/ready
 demo: $(READY)
 	"$(BIN)/python" -m tasks.demo
 
-# Options for pytest: make test TESTS="tests/test_store.py -x". Two processes run them, since most tests wait for something.
+# Options for pytest: make test TESTS="tests/test_store.py -x". Three processes run them, since most tests wait for something.
 TESTS ?=
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 
 test: $(READY)
 	"$(BIN)/python" -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(TESTS)
