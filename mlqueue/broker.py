@@ -546,7 +546,7 @@ class StoreBroker(Broker):
             lanes = [self.store.lane(queue, actor) for queue in names for actor in actors]
             turns = [name for name in actors if takes_turns(self.actors[name].options)]
             lanes += [self.store.lane(queue, actor, turns=True) for queue in names for actor in turns]
-            known, served, quoted = set(self.functions), set(map(quote, names)), set(map(quote, actors))
+            known, served, quoted = set(self.functions), set(map(quote, names)), set(map(quote, self.actors))
             lanes += [
                 (queue, lane)
                 for queue, lane, functions in self._function_lanes
