@@ -291,7 +291,7 @@ def test_a_paused_worker_leaves_new_jobs_to_another_one_at_once(
     for _ in range(5):
         begun = time.monotonic()
         assert work.submit().result(timeout=10) == 2
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - begun < 3.0  # a bell that is lost costs 5 s
         threading.Event().wait(0.03)  # the other worker sleeps again
     paused.resume()
     other.broker.worker.stop()  # type: ignore[union-attr]
