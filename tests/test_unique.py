@@ -116,6 +116,24 @@ def test_another_job_takes_the_place_of_the_one_that_is_there(mlq: MLQ, start_wo
     assert last.id != work.submit(4, unique_key="k").id
 
 
+@pytest.mark.parametrize("over_http", [False, True])
+def test_of_a_job_that_another_one_takes_the_place_of_is_told(mlq: MLQ, over_http: bool) -> None:
+    @mlq.actor(unique_policy="replace", callback="http://127.0.0.1:9/", webhook="http://127.0.0.1:9/")
+    def work(n: int) -> int:
+        return n
+
+    first = work.submit(1, unique_key="k")
+    if over_http:
+        message = work.message_with_options(args=(2,), unique_key="k")
+        [second] = mlq.broker.enqueue_once([(message, None)], "", b"", 10, wants_record=True).ids
+    else:
+        second = work.submit(2, unique_key="k").id
+    record = first.record
+    assert (record.state, record.cancel_stage) == (State.CANCELLED, "waiting")
+    assert (record.callback_state, record.webhook_state) == ("pending", "pending")
+    assert mlq.job(second).state is State.QUEUED
+
+
 def test_a_dead_job_is_not_put_back_beside_another_one_of_its_key(mlq: MLQ, start_worker: StartWorker) -> None:
     @mlq.actor(max_retries=0)
     def work(fails: bool) -> None:

@@ -1,5 +1,5 @@
 #!lua
--- parts: events counts queue limits moves look create ends unique
+-- parts: events counts queue limits moves look create hooks ends cancel unique
 -- Creates jobs for somebody who asks over HTTP, unless an idempotency key says that they have been. ARGV: that key (empty:
 -- none), fingerprint of the request, for how long the key is kept (ms), id of the API key with which it comes (empty:
 -- none), what was known of that, what is wanted of the first job's record (see part_look.lua; empty: nothing), packed jobs

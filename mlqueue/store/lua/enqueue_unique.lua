@@ -1,5 +1,5 @@
 #!lua
--- parts: events counts queue limits moves create ends unique
+-- parts: events counts queue limits moves create hooks ends cancel unique
 -- As enqueue.lua, for jobs some of which are to be the only ones. ARGV: packed jobs as there. Returns for each 1 (created),
 -- 0 (the id existed), "=" and the id of the job that stays the only one, or the error's text; just "!" and an id when
 -- nothing was created, because a job is to be rejected where that one is.

@@ -27,22 +27,6 @@ local function occupant(item)
   end
 end
 
--- Ends a job that a new one takes the place of: one that runs is told, and ends by itself.
-local function replace(id, rec)
-  if rec.state == 'q' or rec.state == 'w' then
-    unshelve(rec.state, rec, id)
-    unshelve('i', rec, id)
-    call('ZREM', R .. ':sched', id)
-    call('ZREM', R .. ':qt', id)
-    cancelled(id, rec, 'waiting')
-  elseif rec.state == 'r' and not rec.cancel then
-    call('HSET', jkey(id), 'c', NOW)
-    emit('state', id)
-    ring_own(rec.worker, 'c' .. id)
-    tell(id, rec, false)
-  end
-end
-
 -- Has the key lead to a new job; returns the id of another one where that is to stay the only one, else nil.
 claim_unique = function(item)
   local policy = item[18][3]
@@ -51,7 +35,7 @@ claim_unique = function(item)
     if policy ~= 'replace' then
       return (policy == 'reject' and '!' or '=') .. id
     end
-    replace(id, rec)
+    cancel(id, rec)
   end
   call('SET', unique_key(item[3], item[18][1]), item[1])
 end

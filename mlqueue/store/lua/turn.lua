@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- parts: events counts queue limits moves promote create hooks ends unique history progress settle expire start
+-- parts: events counts queue limits moves promote create hooks ends cancel unique history progress settle expire start
 -- A worker's turn: settles what it has finished and fetches what it can start, in one call.
 -- ARGV: worker, nonce, how many jobs it wants, lease in ms, flags (1: it takes only jobs to be run alone; 2: put a
 -- token on its own bell), number of lanes, (queue, lane) of each, then one packed settle each.
