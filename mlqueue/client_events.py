@@ -9,8 +9,9 @@ from __future__ import annotations
 import codecs
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from .client_http import BROKEN, Transport
 from .errors import JobNotFound, MLQueueError, RequestError, Unauthorized
@@ -60,24 +61,26 @@ class Message(NamedTuple):
     id: str
 
 
-class Watch:
-    """How a job stands, each time that it changes: from now to its end, or to `deadline` (monotonic)."""
+T = TypeVar("T")
 
-    def __init__(self, http: Transport, path: str, deadline: float | None) -> None:
+
+class _Told(ABC, Generic[T]):
+    """What a server tells of a job, over streams as long as there are any, else by asking: to the end of that, or to
+    `deadline` (monotonic)."""
+
+    def __init__(self, http: Transport, deadline: float | None) -> None:
         self._http = http
-        self._path = path
         self._deadline = deadline
-        self._last_id = ""
 
-    def __iter__(self) -> Iterator[Look]:
+    def __iter__(self) -> Iterator[T]:
         failures = 0
         while failures < FAILURES and not self._is_over():
             failures += 1
             try:
-                for look in self._listen():
+                for item in self._listen():
                     failures = 0
-                    yield look
-                    if look.state.ended:
+                    yield item
+                    if self._is_last(item):
                         return
             except _NoStream:
                 break
@@ -89,8 +92,30 @@ class Watch:
     def _left(self, most: float) -> float:
         return most if self._deadline is None else max(0.01, min(most, self._deadline - time.monotonic()))
 
-    def _listen(self) -> Iterator[Look]:
+    @abstractmethod
+    def _is_last(self, item: T) -> bool: ...
+
+    @abstractmethod
+    def _listen(self) -> Iterator[T]:
         """What a stream tells, until it ends. Raises `_NoStream` when there is none."""
+
+    @abstractmethod
+    def _ask(self) -> Iterator[T]:
+        """The same, asked for again and again."""
+
+
+class Watch(_Told[Look]):
+    """How a job stands, each time that it changes: from now to its end, or to `deadline` (monotonic)."""
+
+    def __init__(self, http: Transport, path: str, deadline: float | None) -> None:
+        super().__init__(http, deadline)
+        self._path = path
+        self._last_id = ""
+
+    def _is_last(self, item: Look) -> bool:
+        return item.state.ended
+
+    def _listen(self) -> Iterator[Look]:
         response = open_stream(self._http, f"{self._path}/events", self._last_id, self._left(SILENCE))
         try:
             for message in messages(iter(lambda: response.read1(65_536), b"")):
@@ -125,7 +150,7 @@ class Watch:
                 pause = min(1.3 * pause, LONGEST_LOOK)
 
 
-class Follow:
+class Follow(_Told[dict[str, Any]]):
     """What a job shows of itself, part by part: to its end, or to `deadline` (monotonic).
 
     Parameters:
@@ -136,33 +161,15 @@ class Follow:
     def __init__(
         self, http: Transport, job_id: str, what: str, deadline: float | None, begin: Mapping[str, Any] | None = None
     ) -> None:
-        self._http = http
+        super().__init__(http, deadline)
         self._job_id = job_id
         self._what = what
-        self._deadline = deadline
         self._begin = dict(begin or {})
         #: What goes on behind what has come: ``next`` of the last part.
         self._next: Any = None
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        failures = 0
-        while failures < FAILURES and not self._is_over():
-            failures += 1
-            try:
-                for part in self._listen():
-                    failures = 0
-                    yield part
-                    if part["ended"]:
-                        return
-            except _NoStream:
-                break
-        yield from self._ask()
-
-    def _is_over(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
-
-    def _left(self, most: float) -> float:
-        return most if self._deadline is None else max(0.01, min(most, self._deadline - time.monotonic()))
+    def _is_last(self, item: dict[str, Any]) -> bool:
+        return bool(item["ended"])
 
     def _listen(self) -> Iterator[dict[str, Any]]:
         response = open_stream(
