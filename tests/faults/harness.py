@@ -550,6 +550,10 @@ class Fleet:
             report.note(f"{job_id} is {record.state} ({record.dead_reason}): {record.error}")
 
 
+#: Makes a fleet; see the fixture.
+MakeFleet = Callable[..., Fleet]
+
+
 def longest_recovery(jobs: Iterable[list[Entry]], faults: Sequence[tuple[float, int]]) -> float | None:
     """The longest time from the end of a process to the next start of a job that it was running."""
     ended = {pid: t for t, pid in faults}

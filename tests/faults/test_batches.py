@@ -9,14 +9,12 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import LONG, PATIENCE, Fleet, Worker, is_alive, own_server, send, server_pid, tree, wait_for
-
-from mlqueue import Settings
+from harness import LONG, PATIENCE, Fleet, MakeFleet, Worker, is_alive, own_server, send, server_pid, tree, wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -84,16 +82,9 @@ with ActorPool(mlq, workers=workers, errors="retry", retries=50, lease=lease, al
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, server: Settings) -> Iterator[Callable[..., Fleet]]:
-    made: list[Fleet] = []
-
-    def make(*, store: Settings = server, **options: Any) -> Fleet:
-        made.append(Fleet(tmp_path / f"site-{len(made)}", store, actors=SOURCES, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def fleet(fleet: MakeFleet) -> MakeFleet:
+    """Those that prepare batches of these sources."""
+    return partial(fleet, actors=SOURCES)
 
 
 def train(here: Fleet, batches: int, seconds: float = 0.002, lease: float = 0.5, workers: int = 2) -> Any:
@@ -147,7 +138,7 @@ def assert_nothing_left(here: Fleet, *workers: Worker) -> None:
     wait_for(lambda: not left(), what=left)
 
 
-def test_workers_killed_every_half_second(fleet: Callable[..., Fleet]) -> None:
+def test_workers_killed_every_half_second(fleet: MakeFleet) -> None:
     batches = 5000 if LONG else 700
     here = fleet()
     worker = here.worker(processes=3, threads=1)
@@ -166,7 +157,7 @@ def test_workers_killed_every_half_second(fleet: Callable[..., Fleet]) -> None:
     worker.stop()
 
 
-def test_stopped_workers_a_lost_supervisor_and_a_restarted_store(fleet: Callable[..., Fleet]) -> None:
+def test_stopped_workers_a_lost_supervisor_and_a_restarted_store(fleet: MakeFleet) -> None:
     batches = 5000 if LONG else 900
     with own_server() as store:
         here = fleet(store=store)
@@ -188,7 +179,7 @@ def test_stopped_workers_a_lost_supervisor_and_a_restarted_store(fleet: Callable
         second.stop()
 
 
-def test_a_trainer_that_is_killed_goes_on_with_the_batch_that_it_had_not_used(fleet: Callable[..., Fleet]) -> None:
+def test_a_trainer_that_is_killed_goes_on_with_the_batch_that_it_had_not_used(fleet: MakeFleet) -> None:
     batches = 1000 if LONG else 400
     here = fleet()
     worker = here.worker(processes=2, threads=1)

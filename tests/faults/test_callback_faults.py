@@ -7,14 +7,13 @@ import signal
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from harness import ACTORS, LONG, QUIET, Fleet, send, wait_for
+from harness import ACTORS, LONG, QUIET, Fleet, MakeFleet, send, wait_for
 from receivers import (
     Answer,
     Receiver,
@@ -30,7 +29,7 @@ from receivers import (
     redirects_to,
 )
 
-from mlqueue import JobRecord, Settings
+from mlqueue import JobRecord
 from mlqueue.callbacks import PAUSES
 from mlqueue.job import CallbackState
 
@@ -57,21 +56,6 @@ def rebinds(host, port, *args, **options):
 
 socket.getaddrinfo = rebinds
 """
-
-MakeFleet = Callable[..., Fleet]
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, server: Settings) -> Iterator[MakeFleet]:
-    made: list[Fleet] = []
-
-    def make(**options: Any) -> Fleet:
-        made.append(Fleet(tmp_path / f"site-{len(made)}", server, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def called_back(here: Fleet, jobs: Sequence[Any]) -> list[JobRecord]:

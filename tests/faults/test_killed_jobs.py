@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
-from harness import ACTORS, LONG, Fleet, wait_for
+from harness import ACTORS, LONG, MakeFleet, wait_for
 
-from mlqueue import DeadReason, Settings, State
+from mlqueue import DeadReason, State
 
 pytestmark = pytest.mark.faults
 
@@ -26,21 +22,6 @@ def deaf():
         except BaseException:
             pass
 '''
-
-MakeFleet = Callable[..., Fleet]
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, server: Settings) -> Iterator[MakeFleet]:
-    made: list[Fleet] = []
-
-    def make(**options: Any) -> Fleet:
-        made.append(Fleet(tmp_path / f"site-{len(made)}", server, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def test_jobs_that_never_end_are_killed_and_those_beside_them_end_without_a_strike(fleet: MakeFleet) -> None:

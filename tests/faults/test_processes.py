@@ -9,14 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ACTORS, LONG, QUIET, Fleet, is_alive, own_server, send, server_pid, tree, wait_for
+from harness import ACTORS, LONG, QUIET, MakeFleet, is_alive, own_server, send, server_pid, tree, wait_for
 
-from mlqueue import DeadReason, Settings, State
+from mlqueue import DeadReason, State
 
 pytestmark = pytest.mark.faults
 
@@ -24,21 +22,6 @@ LINUX = sys.platform == "linux"
 
 #: The longest that a job whose process was killed may wait until it runs again, in seconds.
 RECOVERY = 1.0 if QUIET else 15.0
-
-MakeFleet = Callable[..., Fleet]
-
-
-@pytest.fixture
-def fleet(tmp_path: Path, server: Settings) -> Iterator[MakeFleet]:
-    made: list[Fleet] = []
-
-    def make(*, store: Settings = server, **options: Any) -> Fleet:
-        made.append(Fleet(tmp_path / f"site-{len(made)}", store, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def kill(pid: int) -> tuple[float, int]:
