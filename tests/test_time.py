@@ -191,16 +191,17 @@ def test_a_timeout_is_prolonged(mlq: MLQ, start_worker: StartWorker) -> None:
 
 def test_an_attempt_that_has_lost_its_job_cannot_prolong_it(mlq: MLQ, start_worker: StartWorker) -> None:
     raised: list[BaseException] = []
-    taken = threading.Event()
+    begun = threading.Event()
 
     @mlq.actor(max_retries=0)
     def work() -> int:
         job = current_job()
         if job.attempt == 1:
-            with contextlib.suppress(Cancelled):
-                while not taken.wait(0.005):
-                    pass
-            taken.wait(10)
+            deadline = time.monotonic() + 15
+            with contextlib.suppress(Cancelled):  # which comes once the worker has heard that the job is another's
+                begun.set()
+                while time.monotonic() < deadline:
+                    time.sleep(0.005)
             try:
                 job.extend(5)
             except StaleAttempt as error:
@@ -209,9 +210,9 @@ def test_an_attempt_that_has_lost_its_job_cannot_prolong_it(mlq: MLQ, start_work
 
     job = work.submit(job_timeout=0.01)
     start_worker()
+    assert begun.wait(10)
     eventually(lambda: sweep(mlq))
-    taken.set()
-    job.result(timeout=10)
+    assert job.result(timeout=10) > 1
     eventually(lambda: raised)
     assert "was not prolonged" in str(raised[0])
     with pytest.raises(InvalidTransition, match="is succeeded"):
