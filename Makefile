@@ -19,10 +19,10 @@ test: $(READY)
 	"$(BIN)/python" -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(TESTS)
 
 faults: $(READY)
-	"$(BIN)/python" -m pytest -q -s -m "faults and not faults_long"
+	"$(BIN)/python" -m pytest -q -s --timeout 600 -m "faults and not faults_long"
 
 faults-long: $(READY)
-	FAULTS_LONG=1 "$(BIN)/python" -m pytest -q -s -m "faults or faults_long"
+	FAULTS_LONG=1 "$(BIN)/python" -m pytest -q -s --timeout 3600 -m "faults or faults_long"
 
 lint: $(READY)
 	"$(BIN)/ruff" check .

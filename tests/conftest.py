@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import threading
 import time
 import uuid
@@ -23,6 +24,11 @@ PATIENCE = 5.0
 
 #: Threads that end by themselves when nobody has needed them for a while.
 LINGERING = ("mlqueue-time-limit",)
+
+
+# A shell has what it runs in the background ignore Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
