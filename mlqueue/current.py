@@ -112,8 +112,10 @@ class CurrentJob:
             raise InvalidJob(f"log_metrics(step={step!r}): a step is a number, such as that of the epoch.")
         checked = {}
         for name, value in values.items():
-            item = getattr(value, "item", None)
-            number = item() if callable(item) and getattr(value, "ndim", None) == 0 else value
+            number = value
+            if type(value) is not float and type(value) is not int:
+                item = getattr(value, "item", None)
+                number = item() if callable(item) and getattr(value, "ndim", None) == 0 else value
             if not _is_real(number) or not 0 < len(name) <= MAX_METRIC or not name.isprintable():
                 raise InvalidJob(
                     f"log_metrics({name[:MAX_METRIC]}={value!r}): a metric is a number, its name has at most "
@@ -185,6 +187,8 @@ class CurrentJob:
 
 def _is_real(value: object) -> bool:
     """Whether it is a number that a float can stand for."""
+    if type(value) is float:
+        return True
     try:
         return isinstance(value, numbers.Real) and isinstance(float(value), float)
     except OverflowError:

@@ -14,6 +14,11 @@ local CALLED = 100
 -- All of it is made in one function, where limits are in use only: each function costs at every call.
 make_limits = function()
   local made, specs, claimed = {}, {}, {}
+  -- What was read in this call: the capacities, and who is called for a limit (false: nobody). How often slots
+  -- were given or claimed.
+  local capacities, called, grabs = {}, {}, 0
+  -- The slots that are held of limits which jobs were given slots of in this call.
+  local held_of = {}
 
   local function grouped(lane)
     return string.sub(lane, -1) == '@'
@@ -48,8 +53,11 @@ make_limits = function()
 
   function made.capacity(name)
     name = string.match(name, '^[^/]*')
-    local set = call('HMGET', R .. ':lim', name, '~' .. name)
-    return tonumber(set[1] or set[2] or 1)
+    if not capacities[name] then
+      local set = call('HMGET', R .. ':lim', name, '~' .. name)
+      capacities[name] = tonumber(set[1] or set[2] or 1)
+    end
+    return capacities[name]
   end
 
   -- The name of the first limit that has no room, or nil. score: where the lane stands; who stands before it and waits
@@ -64,8 +72,11 @@ make_limits = function()
       if room < need[2] then
         return name, need[2]
       end
-      local called = call('GET', R .. ':lim:next:' .. name)
-      if called and tonumber(string.match(called, '^%S+')) < score and room < need[2] + string.match(called, '%d+$') then
+      if called[name] == nil then
+        called[name] = call('GET', R .. ':lim:next:' .. name)
+      end
+      local who = called[name]
+      if who and tonumber(string.match(who, '^%S+')) < score and room < need[2] + string.match(who, '%d+$') then
         made.again = math.max(1, call('PTTL', R .. ':lim:next:' .. name))
         return name, need[2]
       end
@@ -77,21 +88,31 @@ make_limits = function()
   -- and these attempts.
   function made.grab(id, attempt, needs, lent)
     local slots = {}
+    grabs = grabs + 1
     for i, need in ipairs(needs) do
       local name = need[1]
-      local key, taken, given, lenders = R .. ':lim:s:' .. name, {}, {}, nil
+      local key, taken, given, lenders = R .. ':lim:s:' .. name, nil, {}, nil
+      local first = true
       if lent and lent[name] then
         given, lenders = lent[name][1], lent[name][2]
       elseif string.sub(name, 1, 1) == '@' then
         given = { id } -- which one it is matters to nobody
       else
-        for _, slot in ipairs(call('HKEYS', key)) do
-          taken[slot] = true
+        if not held_of[name] then
+          local slots_held = {}
+          for _, slot in ipairs(call('HKEYS', key)) do
+            slots_held[slot] = true
+          end
+          held_of[name] = slots_held
         end
+        taken = held_of[name]
+        first = not next(taken)
         local slot = 0
         while #given < need[2] do
-          if not taken[tostring(slot)] then
-            given[#given + 1] = tostring(slot)
+          local number = tostring(slot)
+          if not taken[number] then
+            given[#given + 1] = number
+            taken[number] = true
           end
           slot = slot + 1
         end
@@ -99,8 +120,13 @@ make_limits = function()
       for _, slot in ipairs(given) do
         call('HSET', key, slot, id .. ' ' .. attempt)
       end
-      call('SADD', R .. ':lim:used', name)
-      call('UNLINK', R .. ':lim:next:' .. name)
+      if first then
+        call('SADD', R .. ':lim:used', name)
+      end
+      if called[name] ~= false then
+        call('UNLINK', R .. ':lim:next:' .. name)
+        called[name] = false
+      end
       slots[i] = { name, given, lenders }
     end
     return slots[1] and cmsgpack.pack(slots)
@@ -110,6 +136,9 @@ make_limits = function()
   function made.open(name)
     local key = R .. ':park:' .. name
     local parked = call('ZRANGE', key, 0, -1, 'WITHSCORES')
+    if not parked[1] then
+      return
+    end
     local first, lowest = nil, math.huge
     for i = 1, #parked, 2 do
       local queue, lane, group = string.match(parked[i], '^([^:]*):([^ ]*) ?(.*)$')
@@ -128,6 +157,7 @@ make_limits = function()
       for _, need in ipairs(made.needs(string.match(first, ':([^|]*)'))) do
         if need[1] == name and need[2] <= made.capacity(name) then
           call('SET', R .. ':lim:next:' .. name, string.format('%.0f %d', lowest, need[2]), 'PX', CALLED)
+          called[name] = nil
         end
       end
     end
@@ -169,6 +199,7 @@ make_limits = function()
           if back then call('HSET', key, slot, back) else call('HDEL', key, slot) end
         end
       end
+      held_of[name] = nil
       if awaited then
         tell(awaited, { watched = true }, false) -- another one that it waits for may use them now
       end
@@ -190,7 +221,7 @@ make_limits = function()
       for i = 1, #held, 2 do
         if not runs(held[i + 1]) then
           call('HDEL', key, held[i])
-          mended = true
+          held_of[name], mended = nil, true
         end
       end
       if mended then
@@ -249,6 +280,7 @@ make_limits = function()
   local function wait_for(name, number, lane)
     if number <= made.capacity(name) then
       claimed[name] = math.min(claimed[name] or math.huge, lane.score)
+      grabs = grabs + 1 -- what was found before may be for this lane now
     end
     if made.idle then
       park(name, lane)
@@ -284,12 +316,29 @@ make_limits = function()
 
   -- The job of a lane that is to be started next, what it needs, and its group where it stands in one; nil when none
   -- may start, and the lane is parked.
-  -- lane: queue, lane, actor, key of the shelf, letter of the shelf.
+  -- lane: queue, lane, actor, key of the shelf, letter of the shelf, and who stands first there, if that is known.
   function made.first(lane)
+    local found = lane.found
+    if not found or found.grabs ~= grabs then
+      local id, needs, group = made.look(lane)
+      found = { id = id, needs = needs, group = group, grabs = grabs }
+    end
+    lane.found = nil
+    return found.id, found.needs, found.group
+  end
+
+  -- Whether there is one. `first` need not look again then, unless slots are given meanwhile.
+  function made.has_first(lane)
+    local id, needs, group = made.look(lane)
+    lane.found = { id = id, needs = needs, group = group, grabs = grabs }
+    return id
+  end
+
+  function made.look(lane)
     if lane.shelf == 'q' and grouped(lane.lane) then
       return first_by_turns(lane)
     end
-    local id = call('ZRANGE', lane.key, 0, 0)[1]
+    local id = lane.head or call('ZRANGE', lane.key, 0, 0)[1]
     if not id then
       return nil
     end
@@ -309,7 +358,7 @@ make_limits = function()
     local kept = {}
     for _, lane in ipairs(lanes) do
       lane.limited = grouped(lane.lane) or #made.needs(lane.actor) > 0
-      if not lane.limited or made.first(lane) then
+      if not lane.limited or made.has_first(lane) then
         kept[#kept + 1] = lane
       end
     end

@@ -66,14 +66,15 @@ local function start(id, worker, expire, needs, lent)
     call('ZREM', R .. ':qt', id)
   end
   local slots = needs and limited.grab(id, attempt, needs, lent)
-  if slots then
-    call('HSET', jkey(id), 'H', slots)
-  end
   if attempt > 1 then
     -- What an earlier attempt reported and used, and who started it; by how much it was prolonged.
     call('HDEL', jkey(id), 'v', 'V', 'Y', 'j', 'e')
   end
-  call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
+  if slots then
+    call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 'H', slots, 's', 'r')
+  else
+    call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 's', 'r')
+  end
   emit('state', id)
   -- How long it has waited since it was created, was retried by hand, or was due. Of one that was put back at once that
   -- is not known.

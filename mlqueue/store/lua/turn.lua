@@ -46,7 +46,7 @@ local function heads(shelf)
         -- Whoever has no free thread will look again when he has one.
         limited.idle = want > 0
         local lane = found[#found]
-        lane.shelf, lane.queue, lane.lane = shelf, ARGV[5 + 2 * i], ARGV[6 + 2 * i]
+        lane.shelf, lane.queue, lane.lane, lane.head = shelf, ARGV[5 + 2 * i], ARGV[6 + 2 * i], head[1]
         lane.actor = string.match(lane.lane, '^[^|]*')
       end
     end
@@ -70,8 +70,8 @@ local function take_limited(lane)
     limited.took(id, lane, group, #ids > before)
   end
   local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
-  lane.score = tonumber(head[2]) or lane.score
-  return head[1] and limited.first(lane)
+  lane.score, lane.head = tonumber(head[2]) or lane.score, head[1]
+  return head[1] and limited.has_first(lane)
 end
 
 -- Takes from the lanes in the order of (priority, number) over all of them.
@@ -101,10 +101,11 @@ local function take(shelf, n)
       end
       call('ZREM', lane.key, unpack(run))
     end
-    local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
-    if head[1] and goes_on then
-      lane.score = tonumber(head[2])
-    else
+    if not lane.limited then
+      local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
+      lane.score, goes_on = tonumber(head[2]), head[1]
+    end
+    if not goes_on then
       table.remove(found, best)
     end
   end
