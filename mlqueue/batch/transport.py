@@ -109,6 +109,8 @@ class Segment:
 
     def grow(self, size: int) -> None:
         """Make at least `size` bytes usable here. Raises TransportError when there is no room for them."""
+        if size <= self.size:
+            return
         present = os.fstat(self.fd).st_size
         if size > present:
             # A little more than asked for, so that batches of slightly different sizes do not grow it every time.
