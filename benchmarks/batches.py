@@ -470,6 +470,8 @@ def actors(options: argparse.Namespace) -> None:
     images, rows = make_images(options.images_folder, options.images), []
     with actor_workers() as module:
         for task_name, make_task in TASKS.items():
+            if options.tasks and task_name not in options.tasks:
+                continue
             task = make_task(images)
             named = module.task_source(name=task_name, folder=str(options.images_folder), count=options.images)
             with contextlib.ExitStack() as closing:
@@ -481,6 +483,8 @@ def actors(options: argparse.Namespace) -> None:
                 }
                 pool = closing.enter_context(ActorPool(module.mlq, workers=WORKERS, alone_after=None))
                 parallel = pool.parallel_data_source(named, AHEAD)
+                for name in ("mlqueue threads", "mlqueue processes"):
+                    runs[name] = Run(name, task, closing, options)
                 runs["actors"] = Run("actors", task, closing, options, parallel)
                 found = compare(runs, options.rounds)
             row: dict[str, Any] = {"task": task_name, **found}
@@ -753,6 +757,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all without")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="those of the pool of actors, else all")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a round with the pool of actors, at most")
     parser.add_argument("--images", type=int, default=20_000, help="how many JPEG files")
     parser.add_argument(

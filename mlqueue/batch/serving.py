@@ -204,7 +204,9 @@ class Serving:
         self.prepared = 0
         self._link, self._sources, self._keys, self._patience = link, sources, keys, patience
         self._announced: dict[int, Order] = {}
-        self._ways: dict[int, Callable[[], Any]] = {}  # to sources: the shelf alone holds these, so that it may drop them
+        self._ways: dict[
+            int, Callable[[], Any]
+        ] = {}  # to sources: only the shelf holds these, and may drop them
         self._failed: dict[int, Exception] = {}  # those that could not be made
 
     def run(self) -> None:

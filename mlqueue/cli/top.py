@@ -35,6 +35,9 @@ LATEST: Final = 20
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
 WIDTH: Final = 40
 
+#: Columns of numbers.
+NUMBERS: Final = {"queued", "running", "dead", "oldest", "workers", "memory", "CPU", "restarts", *POOL_HEAD[2:-1]}
+
 #: What each state is shown in.
 COLOURS: Final = {
     State.QUEUED: "yellow",
@@ -194,8 +197,7 @@ def _blocks(values: Sequence[float]) -> str:
 def _table(*columns: str) -> Any:
     table = _rich("table").Table(box=None, pad_edge=False, header_style="bold bright_black", expand=False)
     for name in columns:
-        right = name in ("queued", "running", "dead", "oldest", "workers", "memory", "CPU", "restarts", *POOL_HEAD[2:-1])
-        table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True, overflow="ellipsis")
     return table
 
 

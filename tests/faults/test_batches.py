@@ -171,8 +171,9 @@ def test_stopped_workers_a_lost_supervisor_and_a_restarted_store(fleet: MakeFlee
             # Now and then for so long that they are cut off, which is after five leases, and go on after that.
             until = begun + (3.5 if number % 2 else 0)
             wait_for(
-                lambda at=at, until=until: (used(here) > at + 60 and time.monotonic() > until)
-                or trainer.poll() is not None
+                lambda at=at, until=until: (
+                    (used(here) > at + 60 and time.monotonic() > until) or trainer.poll() is not None
+                )
             )
             send(signal.SIGCONT, victims)
         os.kill(server_pid(store), signal.SIGKILL)
