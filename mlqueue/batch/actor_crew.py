@@ -52,6 +52,8 @@ MOST_DEATHS: Final = 2
 AHEAD: Final = 0.02
 #: How many it holds at least and at most.
 FEWEST_AHEAD, MOST_AHEAD = 2, 16
+#: Where it holds no more than so many, one takes long enough that a worker with nothing to do takes it over.
+FEW_AHEAD: Final = 4
 #: A worker that has been stalled for so many times the lease is cut off.
 CUT_OFF_AFTER: Final = 5
 #: How long a source may be refused by all workers that are there until that is an error, in seconds.
@@ -323,6 +325,26 @@ class Desk:
             lease.waiting = False
         for entry in passed:
             heapq.heappush(self._waiting, entry)
+        if not self._waiting and self._ahead <= FEW_AHEAD:
+            self._even_out()
+
+    def _even_out(self) -> None:
+        """Give a lease that waits with a worker, behind another one, to a worker that has none."""
+        places = [place for place in self.places.values() if place.is_open]
+        idle = [place for place in places if not place.held]
+        if not idle:
+            return
+        busiest = max(places, key=lambda place: len(place.held))
+        if len(busiest.held) < 2:
+            return
+        number, (slot, _) = next(reversed(busiest.held.items()))
+        lease, segment = self.leases.get(number), self.arena.slots[slot]
+        if lease is None or lease.done or lease.here or len(lease.holders) > 1 or busiest.peer.has_begun(segment):
+            return
+        place = self._choose(idle, lease)
+        if place is not None:
+            segment.set_word(worker.EXPECTED, 0)  # if it begins it just now, both do it, and the first copy counts
+            self._send(lease, place)
 
     @staticmethod
     def _choose(places: list[Place], lease: Lease) -> Place | None:

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -78,6 +77,16 @@ class Shelf:
                     self._sweeper = threading.Thread(target=self._sweep, name="mlqueue-batch-shelf", daemon=True)
                     self._sweeper.start()
             return value
+
+    def touch(self, key: Any) -> None:
+        """It is being used."""
+        with self._lock:
+            if key in self._kept:
+                self._used[key] = time.monotonic()
+
+    def has(self, key: Any) -> bool:
+        """Whether it is kept."""
+        return key in self._kept
 
     def _sweep(self) -> None:
         while True:
@@ -204,10 +213,8 @@ class Serving:
         self.prepared = 0
         self._link, self._sources, self._keys, self._patience = link, sources, keys, patience
         self._announced: dict[int, Order] = {}
-        self._ways: dict[
-            int, Callable[[], Any]
-        ] = {}  # to sources: only the shelf holds these, and may drop them
-        self._failed: dict[int, Exception] = {}  # those that could not be made
+        self._made: dict[int, tuple[Any, Any]] = {}  # of sources: key on the shelf, value or exception
+        self._tidied = time.monotonic()
 
     def run(self) -> None:
         """Take leases until there are no more."""
@@ -225,6 +232,8 @@ class Serving:
             if asked is None and self._patience.is_over():
                 asked = time.monotonic()
                 self._link.tell(links.LEAVE)
+            if time.monotonic() > self._tidied + KEEP / 4:
+                self.tidy()
 
     def _obey(self, order: Order) -> None:
         if order.kind == links.LEASE:
@@ -238,8 +247,7 @@ class Serving:
         announced = self._announced.pop(number, None)
         if announced is not None and announced.fd is not None:
             os.close(announced.fd)
-        self._ways.pop(number, None)
-        self._failed.pop(number, None)
+        self._made.pop(number, None)
 
     def _prepare(self, order: Order) -> None:
         request = self._link.claim(order)
@@ -279,56 +287,44 @@ class Serving:
 
     # --- sources ---
 
+    def tidy(self) -> None:
+        """Let go of the sources that the shelf has let go of: they are made again when they are needed again."""
+        self._tidied = time.monotonic()
+        for number, (key, _) in list(self._made.items()):
+            if key is not None and not shelf.has(key):
+                del self._made[number]
+
     def constant(self, number: int) -> Any:
-        """The source, or the shared constant, of this number: from the shelf, or made."""
-        failure = self._failed.get(number)
-        if failure is not None:
-            raise failure.with_traceback(None)  # which would grow with each batch
-        try:
-            if number not in self._ways:
-                self._ways[number] = self._find_way(self._announced[number])
-            return self._ways[number]()
-        except Refused as refusal:
-            self._failed[number] = refusal
-            raise
-        except Exception as error:
-            failed = SourceFailed(f"the data source could not be made: {type(error).__name__}: {error}")
-            self._failed[number] = failed
-            raise failed from error
+        """The source, or the shared constant, of this number."""
+        if number not in self._made:
+            self._made[number] = self._make(self._announced[number])
+        key, value = self._made[number]
+        if isinstance(value, Refused | SourceFailed):
+            raise value.with_traceback(None)  # else it would grow with each batch
+        shelf.touch(key)
+        return value
 
-    def _find_way(self, order: Order) -> Callable[[], Any]:
-        """What gives the source that an order has announced."""
-        described = self._read_description(order)
-        if order.how == PICKLED:
-            # The signature says what is meant: another source has another one.
-            return partial(shelf.get, ("pickled", described["signature"].tobytes()), partial(self._load, order))
-        reference = described["name"], described["kwargs"].tobytes(), described["version"]
-        self.named(*reference)
-        # Where it was dropped meanwhile, it is made again only of what is still that version.
-        return partial(shelf.get, ("named", *reference), partial(self.named, *reference, keep=False))
-
-    @staticmethod
-    def _read_description(order: Order) -> dict[str, Any]:
+    def _make(self, order: Order) -> tuple[Any, Any]:
         assert order.fd is not None
         segment = Segment.attach(os.dup(order.fd))
         try:
             whole = segment.as_private_bytes()
+            described = read_description(whole, order.place, order.length)(whole, None)
+            if order.how == NAMED:
+                reference = described["name"], described["kwargs"].tobytes(), described["version"]
+                return ("named", *reference), self.named(*reference)
+            return self._load(described)
+        except Refused as refusal:
+            return None, refusal
+        except Exception as error:  # noqa: BLE001 - a factory may raise anything: each of its batches does, then
+            failed = SourceFailed(f"the data source could not be made: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            return None, failed
         finally:
             segment.close()
-        described: dict[str, Any] = read_description(whole, order.place, order.length)(whole, None)
-        return described
 
-    def _load(self, order: Order) -> Any:
-        described = self._read_description(order)
-        body, buffers, signature = described["body"], described["buffers"], described["signature"].tobytes()
-        try:
-            Keyring(self._keys, PURPOSE).verify(signature, b"source", body.data, *[part.data for part in buffers])
-        except (SignatureInvalid, SigningKeyMissing) as error:
-            raise Refused(str(error)) from None
-        return worker.load(body, buffers)
-
-    def named(self, name: str, kwargs: bytes, version: str, *, keep: bool = True) -> Any:
-        """The source of this name, if it is the one that is meant; from the shelf, unless not `keep`."""
+    def named(self, name: str, kwargs: bytes, version: str) -> Any:
+        """The source of this name, if it is the one that is meant."""
         named = self._sources.get(name)
         if named is None:
             known = ", ".join(sorted(self._sources)) or "none"
@@ -342,8 +338,21 @@ class Serving:
                 f"the data source {name!r} is of version {own} in this worker and of {version} in the trainer "
                 "(code of the factory/version=); start both with the same code, on the same data."
             )
-        make = partial(named.make, kwargs)
-        return shelf.get(("named", name, kwargs, version), make) if keep else make()
+        return shelf.get(("named", name, kwargs, version), lambda: named.make(kwargs))
+
+    def _load(self, described: dict[str, Any]) -> tuple[Any, Any]:
+        body, buffers, signature = described["body"], described["buffers"], described["signature"].tobytes()
+
+        def load() -> Any:
+            Keyring(self._keys, PURPOSE).verify(signature, b"source", body.data, *[part.data for part in buffers])
+            return worker.load(body, buffers)
+
+        # The signature says what is meant: another source has another one.
+        key = ("pickled", signature)
+        try:
+            return key, shelf.get(key, load)
+        except (SignatureInvalid, SigningKeyMissing) as error:
+            raise Refused(str(error)) from None
 
     def close(self) -> None:
         self._link.close()

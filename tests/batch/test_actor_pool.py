@@ -520,6 +520,24 @@ class TestRaces:
         assert leases[2].number == hand.order().number
         hand.link.close()
 
+    def test_what_waits_behind_a_long_batch_goes_to_a_worker_that_has_nothing_to_do(self, new_desk):
+        desk = new_desk(lease=5)
+        busy = Hand(desk)
+        long, behind = give(desk), give(desk)
+        first = busy.order()
+        assert (long.number, True) == (first.number, busy.link.claim(first) is not None)
+        free = Hand(desk)
+        order = free.order()
+        assert behind.number == order.number
+        second = busy.order()
+        assert (behind.number, None) == (second.number, busy.link.claim(second))
+        busy.link.deliver(links.SKIPPED, second)
+        free.answer(order, 6)
+        assert {6} == set(read(desk, behind).tolist())
+        assert 0 == desk.stats.retries
+        busy.link.close()
+        free.link.close()
+
     def test_a_lease_for_which_there_is_no_memory_is_an_error_and_the_next_is_not(self, new_desk):
         desk = new_desk(lease=5)
         hand = Hand(desk)
@@ -589,7 +607,8 @@ class TestRaces:
         made.clear()
         del only
         serving.shelf.drop()
-        assert gone() is None, "the shelf alone holds it"
+        worker.tidy()
+        assert gone() is None
         assert worker.constant(1) is made[0]
         worker.close()
         serving.shelf.drop()
