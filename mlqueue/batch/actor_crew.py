@@ -32,6 +32,7 @@ import numpy as np
 
 from mlqueue.batch import links, serving
 from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.bell import Bell
 from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
 from mlqueue.batch.errors import BatchSkipped, SourceMismatch
 from mlqueue.batch.links import HostListener, HostPeer, Report
@@ -166,34 +167,6 @@ class Place:
     def is_open(self) -> bool:
         """Whether it may be given work."""
         return self.known and not self.stalled and not self.leaving
-
-
-class Bell:
-    """Wakes a thread that polls. May be rung by anybody at any moment, also when nobody listens any more: the
-    descriptors are closed with the last reference to it, so what is written never reaches another's."""
-
-    def __init__(self) -> None:
-        self.reader, self._writer = os.pipe()
-        os.set_blocking(self.reader, False)
-        os.set_blocking(self._writer, False)
-
-    def ring(self) -> None:
-        """Wake the thread. Takes no lock."""
-        try:
-            os.write(self._writer, b"\0")
-        except BlockingIOError:
-            pass  # it has been rung often enough
-
-    def hush(self) -> None:
-        """Take note of the ringing so far."""
-        try:
-            os.read(self.reader, 65536)
-        except BlockingIOError:
-            pass
-
-    def __del__(self) -> None:
-        os.close(self.reader)
-        os.close(self._writer)
 
 
 class Source:
