@@ -574,7 +574,8 @@ def single_batches(pool: Any, module: Any, options: argparse.Namespace) -> dict[
             row["BatchUp, nearly empty"] = 1e3 / rate(old.batch_iterator(1))
     source = module.task_source(name="pictures uint8", folder=str(options.images_folder), count=options.images)
     first, hand_over = [], []
-    for _ in range(options.rounds):
+    rate(pool.parallel_data_source(source, 6).batch_iterator(64), 12)  # the workers are back, and have made the source
+    for _ in range(max(5, options.rounds)):
         time.sleep(2)
         begun = time.perf_counter()
         batches = pool.parallel_data_source(source, 6).batch_iterator(64, shuffle=1)
