@@ -23,9 +23,11 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path or "."
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -66,16 +68,38 @@ def touch(batch: Any) -> None:
         flat[:: max(1, 4096 // flat.itemsize)].sum()
 
 
-def rate(batches: Iterator[Any], most: int | None = None, use: Callable[[Any], None] | None = None) -> float:
-    """Batches a second."""
-    begun, count = time.perf_counter(), 0
+def rate(
+    batches: Iterator[Any],
+    most: int | None = None,
+    use: Callable[[Any], None] | None = None,
+    within: float = math.inf,
+) -> float:
+    """Batches a second; of the first so many, and of so many seconds at most."""
+    begun, count, lasted = time.perf_counter(), 0, 0.0
     for batch in batches:
         if use is not None:
             use(batch)
         count += 1
-        if count == most:
+        lasted = time.perf_counter() - begun
+        if count == most or lasted > within:
             break
-    return count / (time.perf_counter() - begun)
+    return count / lasted
+
+
+@contextlib.contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer: a loader may wait for ever for a worker that has died."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def compare(competitors: dict[str, Rate], rounds: int) -> dict[str, float]:
@@ -436,64 +460,122 @@ def actor_workers() -> Iterator[Any]:
                 actor_sources.mlq.close()
 
 
+#: The tasks whose batches are large: 9.6 and 38.5 MB.
+LARGE = ("pictures uint8", "pictures float32", "JPEG to uint8", "JPEG to float32")
+
+
 def actors(options: argparse.Namespace) -> None:
     from mlqueue.batch.actor_pool import ActorPool
 
     images, rows = make_images(options.images_folder, options.images), []
     with actor_workers() as module:
         for task_name, make_task in TASKS.items():
+            if options.tasks and task_name not in options.tasks:
+                continue
             task = make_task(images)
             named = module.task_source(name=task_name, folder=str(options.images_folder), count=options.images)
             with contextlib.ExitStack() as closing:
+                # The others fork, so they do it before there is a thread of ours.
+                runs = {
+                    name: Run(name, task, closing, options)
+                    for name in ("torch", "BatchUp processes")
+                    if is_there(name.split()[0])
+                }
                 pool = closing.enter_context(ActorPool(module.mlq, workers=WORKERS, alone_after=None))
                 parallel = pool.parallel_data_source(named, AHEAD)
-                loaders = {name: open_loader(name, task, closing) for name in ("BatchUp processes", "torch")}
-                loaders["actors"] = lambda epoch, ds=parallel, task=task: ds.batch_iterator(
-                    task.batch_size, shuffle=1, epoch=epoch
-                )
-                epochs = iter(range(1_000_000))
-
-                def measure(loader: Any, task: Any = task, epochs: Any = epochs) -> Rate:
-                    def once() -> float:
-                        batches = loader(next(epochs))
-                        touch(next(batches))
-                        found = rate(batches, task.most, touch)
-                        finish(batches)
-                        return found
-
-                    return once
-
-                found = compare({name: measure(each) for name, each in loaders.items() if each}, options.rounds)
-                row: dict[str, Any] = {"task": task_name, **found}
-                for other in ("torch", "BatchUp processes"):
-                    if other in found:
-                        row[f"x {other}"] = found["actors"] / found[other]
-                rows.append(row)
-                loaders.clear()
+                for name in ("mlqueue threads", "mlqueue processes"):
+                    runs[name] = Run(name, task, closing, options)
+                runs["actors"] = Run("actors", task, closing, options, parallel)
+                found = compare(runs, options.rounds)
+            row: dict[str, Any] = {"task": task_name, **found}
+            for other in ("torch", "BatchUp processes"):
+                if other in found:
+                    row[f"x {other}"] = found["actors"] / found[other]
+            rows.append(row)
+            print(f"{task_name}: {', '.join(f'{name} {shown(value)}' for name, value in found.items())}", flush=True)
         table(f"Two worker processes of the queue, {AHEAD} batches ahead, every page touched: batches/s", rows)
-        for other in ("torch", "BatchUp processes"):
-            ratios = [row[f"x {other}"] for row in rows if f"x {other}" in row]
-            if ratios:
-                print(f"\nGeometric mean: {geometric_mean(ratios):.2f} x {other}, least {min(ratios):.2f}")
         with ActorPool(module.mlq, workers=WORKERS, alone_after=None) as pool:
-            table("One batch, in milliseconds", [single_batches(pool, module, options)])
+            single = single_batches(pool, module, options)
+        table("One batch, in milliseconds", [single])
+        table("Required, and found", list(requirements(rows, single)))
+
+
+class Run:
+    """One round of a loader's, of bounded time. A loader that fails is made again, twice; then it has no figure."""
+
+    def __init__(
+        self, name: str, task: Any, closing: contextlib.ExitStack, options: argparse.Namespace, ours: Any = None
+    ) -> None:
+        self._name, self._task, self._closing, self._seconds, self._ours = name, task, closing, options.seconds, ours
+        self._epochs, self._failures = iter(range(1_000_000)), 0
+        self._loader: Any = None
+        self()  # its workers are there now
+
+    def __call__(self) -> float:
+        while self._failures < 3:
+            try:
+                return self._measure()
+            except (RuntimeError, OSError) as error:  # TimeoutError is one; torch's and BatchUp's are others
+                self._failures += 1
+                self._loader = None
+                print(f"{self._name}: {type(error).__name__}: {str(error)[:200]}; tried again", file=sys.stderr)
+        return math.nan
+
+    def _measure(self) -> float:
+        with bounded(10 * self._seconds):
+            if self._loader is None:
+                self._loader = self._open()
+            batches = self._loader(next(self._epochs))
+            touch(next(batches))  # the first batch is another table
+            found = rate(batches, self._task.most, touch, self._seconds)
+            finish(batches)
+            return found
+
+    def _open(self) -> Any:
+        if self._ours is not None:
+            return lambda epoch: self._ours.batch_iterator(self._task.batch_size, shuffle=1, epoch=epoch)
+        return open_loader(self._name, self._task, self._closing)
+
+
+def is_there(name: str) -> bool:
+    """Whether a competitor is installed."""
+    return batchup is not None if name == "BatchUp" else importlib.util.find_spec(name) is not None
+
+
+def requirements(rows: list[dict[str, Any]], single: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What was to be reached, and what was."""
+
+    def of(other: str, tasks: Any = TASKS) -> list[float]:
+        ratios = [row.get(f"x {other}", math.nan) for row in rows if row["task"] in tasks]
+        return [ratio for ratio in ratios if not math.isnan(ratio)]
+
+    for text, found, bound, at_most in (
+        ("least of all cells, x torch", min(of("torch"), default=math.nan), 1.0, False),
+        ("geometric mean of all cells, x torch", geometric_mean(of("torch")), 1.3, False),
+        ("least of large batches, x BatchUp", min(of("BatchUp processes", LARGE), default=math.nan), 3.0, False),
+        ("an empty batch, x BatchUp's", single["empty"] / single.get("BatchUp, nearly empty", math.nan), 1.0, True),
+        ("hand-over of 9.6 MB, x memcpy", single["hand-over of 9.6 MB"] / single["memcpy of it"], 2.0, True),
+        ("first batch after 2 s idle, ms", single["first of 64 pictures after 2 s idle"], 20.0, True),
+    ):
+        good = found <= bound if at_most else found >= bound
+        yield {"what": text, "required": f"{'at most' if at_most else 'at least'} {bound:g}", "found": found, "": good}
 
 
 def single_batches(pool: Any, module: Any, options: argparse.Namespace) -> dict[str, Any]:
     """What does not depend on the preparing."""
     rate(pool.parallel_data_source(module.empty_source(length=500)).batch_iterator(1))
     row: dict[str, Any] = {}
-    row["empty, one after the other"] = 1e3 / rate(
-        pool.parallel_data_source(module.empty_source(length=5000)).batch_iterator(1)
-    )
+    row["empty"] = 1e3 / rate(pool.parallel_data_source(module.empty_source(length=5000)).batch_iterator(1))
     if batchup:
         theirs = batchup.work_pool.WorkerProcessPool(WORKERS)
         arrays = [np.zeros((5000, 1))]
         old = theirs.parallel_data_source(batchup.data_source.ArrayDataSource(arrays), 20)
-        row["BatchUp processes"] = 1e3 / rate(old.batch_iterator(1))
+        with bounded(60):
+            row["BatchUp, nearly empty"] = 1e3 / rate(old.batch_iterator(1))
     source = module.task_source(name="pictures uint8", folder=str(options.images_folder), count=options.images)
     first, hand_over = [], []
-    for _ in range(options.rounds):
+    rate(pool.parallel_data_source(source, 6).batch_iterator(64), 12)  # the workers are back, and have made the source
+    for _ in range(max(5, options.rounds)):
         time.sleep(2)
         begun = time.perf_counter()
         batches = pool.parallel_data_source(source, 6).batch_iterator(64, shuffle=1)
@@ -676,6 +758,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all without")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="those of the pool of actors, else all")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a round with the pool of actors, at most")
     parser.add_argument("--images", type=int, default=20_000, help="how many JPEG files")
     parser.add_argument(
         "--images-folder",

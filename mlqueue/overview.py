@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 from .job import JobRecord, State
 from .store import Store, WorkerInfo
@@ -60,6 +60,8 @@ class Now:
     #: Records of running jobs, by id; of some of them, where there are many.
     running: dict[str, JobRecord]
     course: list[Moment]
+    #: The pools that have batches prepared, by run; see ``Store.publish_pool``.
+    pools: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -99,7 +101,15 @@ def read_now(store: Store) -> Now:
     for count in found:
         counts[count.state] = counts.get(count.state, 0) + count.number
     queues = _queues(found, store.oldest(), workers, store.paused())
-    return Now(at=time.time(), counts=counts, queues=queues, workers=workers, running=running, course=store.course())
+    return Now(
+        at=time.time(),
+        counts=counts,
+        queues=queues,
+        workers=workers,
+        running=running,
+        course=store.course(),
+        pools=store.pools(),
+    )
 
 
 def _queues(

@@ -15,7 +15,7 @@ import pytest
 from support import StartWorker, eventually
 from worker_processes import Site, is_alive, wait_for
 
-from mlqueue import MLQ, Settings, State
+from mlqueue import MLQ, Settings, State, codec
 from mlqueue.overview import read_now, troubles
 from mlqueue.processes import _seconds, usage
 from mlqueue.store.store import MOST_ACTS
@@ -266,3 +266,14 @@ def test_top_shows_queues_workers_and_jobs(mlq: MLQ, start_worker: StartWorker) 
     told = json.loads(run(mlq, "top", "--once", "--json"))
     assert 1 == told["counts"]["dead"]
     assert "audio" in [queue["name"] for queue in told["queues"]]
+
+
+def test_top_shows_the_pools_that_have_batches_prepared_and_how_those_travel(mlq: MLQ) -> None:
+    assert "TRAINER" not in run(mlq, "top", "--once").upper()
+    told = {"queue": "batches", "host": "node", "pid": 77, "workers": 2, "ready": 3, "outstanding": 17, "retries": 5}
+    told["lately"] = {"seconds": 4.0, "given": 48, "bytes": 8_000_000, "trainer_waited": 1.0, "workers_waited": 4.0}
+    mlq.store.publish_pool("run", codec.encode({**told, "transport": "shared memory"}))
+    rows = [line.split() for line in run(mlq, "top", "--once").splitlines() if "node/77" in line]
+    assert [["batches", "node/77", "25%", "2", "50%", "12.0", "2", "3", "of", "20", "5", "shared", "memory"]] == rows
+    [pool] = json.loads(run(mlq, "top", "--once", "--json"))["pools"]
+    assert ("run", 77, "shared memory") == (pool["id"], pool["pid"], pool["transport"])

@@ -11,6 +11,7 @@ tell, and that of the `Staff`, which alone speaks with the store: it sees to it 
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import logging
@@ -31,13 +32,14 @@ import numpy as np
 
 from mlqueue.batch import links, serving
 from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.bell import Bell
 from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
 from mlqueue.batch.errors import BatchSkipped, SourceMismatch
 from mlqueue.batch.links import HostListener, HostPeer, Report
 from mlqueue.batch.pickling import pickle_code
 from mlqueue.batch.process_crew import WorkerDied, same_bytes
 from mlqueue.batch.requests import PURPOSE, encode_request, load_signed, rebuild_error
-from mlqueue.batch.transport import Segment, SlotArena, SlotWriter, read_description
+from mlqueue.batch.transport import Segment, SlotArena, SlotWriter, TransportError, read_description
 from mlqueue.named import NamedSource, Reference
 from mlqueue.signing import Keyring
 
@@ -51,10 +53,14 @@ MOST_DEATHS: Final = 2
 AHEAD: Final = 0.02
 #: How many it holds at least and at most.
 FEWEST_AHEAD, MOST_AHEAD = 2, 16
+#: Where it holds no more than so many, one takes long enough that a worker with nothing to do takes it over.
+FEW_AHEAD: Final = 4
 #: A worker that has been stalled for so many times the lease is cut off.
 CUT_OFF_AFTER: Final = 5
 #: How long a source may be refused by all workers that are there until that is an error, in seconds.
 REFUSED_FOR: Final = 2.0
+#: While more slots than this are in use, batches are copied out of theirs as they come. Each takes two descriptors.
+CROWDED: Final = 96
 #: How long somebody who has connected may take to say who it is, in seconds.
 HELLO_WITHIN: Final = 5.0
 
@@ -157,6 +163,11 @@ class Place:
     refuses: set[int] = field(default_factory=set)
     idle_since: float = 0.0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it may be given work."""
+        return self.known and not self.stalled and not self.leaving
+
 
 class Source:
     """A source, or a shared constant, as workers are told of it; the segment holds what they need to make it."""
@@ -205,6 +216,11 @@ class Desk:
         self.lock = threading.RLock()
         self.stats = PoolStats()
         self.closed = False
+        #: What ended it, unless it was closed.
+        self.failure: BaseException | None = None
+        #: Called when it has closed; returns when the store has forgotten it.
+        self.end_staff: Callable[[], None] = lambda: None
+        self._ends = False
         self.listener = HostListener()
         #: Called when workers may be needed.
         self.call_staff: Callable[[], None] = lambda: None
@@ -229,11 +245,10 @@ class Desk:
         self._ahead = FEWEST_AHEAD
         self._refused: dict[int, tuple[float, str]] = {}  # sources: since when, and why
         self._looked = time.monotonic()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
+        self._bell = Bell()
         self._poll = select.poll()
         self._poll.register(self.listener.socket, select.POLLIN)
-        self._poll.register(self._wake_read, select.POLLIN)
+        self._poll.register(self._bell.reader, select.POLLIN)
         _desks.add(self)
         self._thread = threading.Thread(target=self._keep, name="mlqueue-batch-desk", daemon=True)
         self._thread.start()
@@ -243,14 +258,22 @@ class Desk:
     def give_out(self, work: Work, request: bytes) -> Lease:
         """A lease for a piece of work."""
         with self.lock:
+            self.need_open()
             lease = Lease(next(self._numbers), work, request)
             self.leases[lease.number] = lease
             self._sweep()
             self._wait(lease)
             self._dispatch()
-            if not self.places or self._waiting:
+            if self._waiting and self.missing():
                 self.call_staff()
         return lease
+
+    def need_open(self) -> None:
+        """Raises RuntimeError where it is closed, and where something has ended it."""
+        if self.failure is not None:
+            raise RuntimeError("the pool has failed; make a new one.") from self.failure
+        if self.closed:
+            raise closed_error()
 
     def _wait(self, lease: Lease) -> None:
         if not lease.waiting:
@@ -258,44 +281,71 @@ class Desk:
             heapq.heappush(self._waiting, (lease.number, lease))
 
     def _dispatch(self) -> None:
-        """Send what waits to those who have room for it."""
+        """Send what waits to those who have room for it, in order. What none of those can take lets others pass."""
+        passed = []
         while self._waiting:
-            lease = self._waiting[0][1]
+            places = [place for place in self.places.values() if place.is_open and len(place.held) < self._ahead]
+            if not places:
+                break
+            entry = heapq.heappop(self._waiting)
+            lease = entry[1]
             if not lease.done and not lease.here:
-                place = self._place_for(lease)
+                place = self._choose(places, lease)
                 if place is None:
-                    return
+                    passed.append(entry)
+                    continue
                 self._send(lease, place)
-            heapq.heappop(self._waiting)
             lease.waiting = False
+        for entry in passed:
+            heapq.heappush(self._waiting, entry)
+        if not self._waiting and self._ahead <= FEW_AHEAD:
+            self._even_out()
 
-    def _place_for(self, lease: Lease) -> Place | None:
+    def _even_out(self) -> None:
+        """Give a lease that waits with a worker, behind another one, to a worker that has none."""
+        places = [place for place in self.places.values() if place.is_open]
+        idle = [place for place in places if not place.held]
+        if not idle:
+            return
+        busiest = max(places, key=lambda place: len(place.held))
+        if len(busiest.held) < 2:
+            return
+        number, (slot, _) = next(reversed(busiest.held.items()))
+        lease, segment = self.leases.get(number), self.arena.slots[slot]
+        if lease is None or lease.done or lease.here or len(lease.holders) > 1 or busiest.peer.has_begun(segment):
+            return
+        place = self._choose(idle, lease)
+        if place is not None:
+            segment.set_word(worker.EXPECTED, 0)  # if it begins it just now, both do it, and the first copy counts
+            self._send(lease, place)
+
+    @staticmethod
+    def _choose(places: list[Place], lease: Lease) -> Place | None:
         source = lease.work.source.number if isinstance(lease.work, BatchCall) else 0
-        fewest, found = self._ahead, None
-        for place in self.places.values():
-            if (
-                len(place.held) < fewest
-                and place.known
-                and not place.stalled
-                and not place.leaving
-                and source not in place.refuses
-                and place.peer.serial not in lease.holders
-            ):
-                fewest, found = len(place.held), place
-        return found
+        able = [p for p in places if source not in p.refuses and p.peer.serial not in lease.holders]
+        return min(able, key=lambda place: len(place.held), default=None)
 
     def _send(self, lease: Lease, place: Place) -> None:
-        number, segment = self.arena.take()
+        try:
+            number, segment = self.arena.take()
+        except (TransportError, OSError) as error:  # neither memory nor descriptors are for ever
+            self.give_up(lease, error)
+            return
         for source in sources_of(lease.work):
             if source.number not in place.sources:
                 place.sources.add(source.number)
                 place.peer.source(source.number, source.segment, source.place, source.length, source.how)
+        try:
+            place.peer.lease(lease.number, number, segment, lease.request)
+        except TransportError as error:
+            self.arena.release(number)
+            self.give_up(lease, error)
+            return
         now = time.monotonic()
         if not place.held:
             self.stats.workers_waited += now - place.idle_since
         lease.holders[place.peer.serial] = number
         place.held[lease.number] = number, now
-        place.peer.lease(lease.number, number, segment, lease.request)
 
     # --- what workers tell; in the desk's own thread ---
 
@@ -303,22 +353,20 @@ class Desk:
         try:
             self._run()
         except BaseException as error:
-            with self.lock:
-                self.closed = True
-                for lease in list(self.leases.values()):
-                    lease.error = error
-                    self.finish(lease)
+            self.failure = error
             raise
+        finally:
+            self._shut()
 
     def _run(self) -> None:
         while True:
             ready = self._poll.poll(self.terms.lease * 250)
             with self.lock:
-                if self.closed:
+                if self._ends:
                     return
                 for fd, _ in ready:
-                    if fd == self._wake_read:
-                        os.read(self._wake_read, 4096)
+                    if fd == self._bell.reader:
+                        self._bell.hush()
                     elif fd == self.listener.socket.fileno():
                         self._accept()
                     elif fd in self.places:
@@ -331,10 +379,7 @@ class Desk:
 
     def wake(self) -> None:
         """Have the desk's thread look. Takes no lock."""
-        try:
-            os.write(self._wake_write, b"\0")
-        except OSError:
-            pass  # it is awake, or has ended
+        self._bell.ring()
 
     def _accept(self) -> None:
         while (peer := self.listener.accept(next(self._serials))) is not None:
@@ -369,7 +414,8 @@ class Desk:
         self._by_serial[place.peer.serial] = place
         self.come_jobs.append(place.peer.job)
         others = [other for other in self.places.values() if other.known and other is not place and not other.leaving]
-        if len(others) >= self.terms.workers or any(other.peer.process == place.peer.process for other in others):
+        enough = sum(not other.stalled for other in others) >= self.terms.workers
+        if enough or any(other.peer.process == place.peer.process for other in others):
             # A process prepares one batch at a time: others of its threads would only share its global lock.
             place.leaving = True
             place.peer.tell(links.END)
@@ -390,11 +436,12 @@ class Desk:
         if not place.held:
             place.idle_since = time.monotonic()
         lease = self.leases.get(report.lease)
+        if lease is not None:
+            lease.holders.pop(place.peer.serial, None)
         if lease is None or lease.done or lease.here:
             self.arena.release(report.slot)
             self.stats.dropped += report.kind == links.DONE
             return
-        lease.holders.pop(place.peer.serial, None)
         if report.kind == links.DONE:
             self._fill(lease, report)
         elif report.kind == links.SKIPPED:
@@ -418,7 +465,10 @@ class Desk:
         if self.stats.prepared % 8 == 1:
             typical = statistics.median(self._seconds)
             self._ahead = min(MOST_AHEAD, max(FEWEST_AHEAD, 1 + int(AHEAD / max(typical, 1e-6))))
-        lease.filled = report.slot, report.place, report.length
+        if self.arena.busy > CROWDED:
+            lease.value = self.arena.read(report.slot, report.place, report.length, "copy")
+        else:
+            lease.filled = report.slot, report.place, report.length
         self.finish(lease)
 
     def finish(self, lease: Lease) -> None:
@@ -430,9 +480,18 @@ class Desk:
             lease.ready.release()
 
     def call_off(self, lease: Lease) -> None:
-        for slot in list(lease.holders.values()):  # another thread may be changing it
-            if slot in self.arena.slots:
-                self.arena.slots[slot].set_word(worker.EXPECTED, 0)
+        """Workers that have not begun it need not begin. Takes no lock: it may be another lease's slot by now, whose
+        worker then skips that, and is sent it again."""
+        for slot in list(lease.holders.values()):
+            segment = self.arena.slots.get(slot)
+            if segment is not None:
+                segment.set_word(worker.EXPECTED, 0)
+
+    def take_back(self, lease: Lease) -> None:
+        """What was to be prepared here is to be prepared by a worker after all."""
+        lease.here = False
+        self._wait(lease)
+        self.wake()
 
     def _fail(self, lease: Lease, described: dict[str, Any]) -> None:
         """An exception was raised in preparing it."""
@@ -453,7 +512,7 @@ class Desk:
         self.finish(lease)
 
     def _again(self, lease: Lease) -> None:
-        self.stats.retries += 1
+        self.stats.retries += not lease.waiting
         self._wait(lease)
 
     def _refuse(self, place: Place, lease: Lease, text: str) -> None:
@@ -479,12 +538,19 @@ class Desk:
             self.lost_jobs.append(place.peer.job)
         for number, (slot, _) in place.held.items():
             begun = place.peer.has_begun(self.arena.slots[slot])
-            self._discard(slot, begun)
+            self._discard(slot)
             lease = self.leases.get(number)
             if lease is not None:
                 self._lose(lease, place, begun)
         self._note_alone()
         self.call_staff()
+
+    def _discard(self, slot: int) -> None:
+        """Forget the slot of a worker that has gone. One that was only cut off may go on where it was: what it writes
+        must never be found among the bytes of another batch, so the slot is not used again."""
+        self.arena.discard(slot)
+        for place in self.places.values():
+            place.peer.tell(links.SLOT_GONE, slot)
 
     def _lose(self, lease: Lease, place: Place, begun: bool) -> None:
         """A worker that had a lease has gone."""
@@ -494,17 +560,13 @@ class Desk:
         most = max(MOST_DEATHS, self.terms.retries + 1) if self.terms.errors == "retry" else MOST_DEATHS
         if lease.deaths >= most:
             self.give_up(lease, WorkerDied(f"{lease.work} ended the worker that prepared it {lease.deaths} times."))
-        elif not lease.holders:
+        elif not self._is_in_hand(lease):
             self._again(lease)
 
-    def _discard(self, slot: int, begun: bool) -> None:
-        """A slot comes back from a worker that has gone; one that it may still write to is not used again."""
-        if not begun:
-            self.arena.release(slot)
-            return
-        self.arena.discard(slot)
-        for place in self.places.values():
-            place.peer.tell(links.SLOT_GONE, slot)
+    def _is_in_hand(self, lease: Lease) -> bool:
+        """Whether a worker has it that is not silent."""
+        holders = [self._by_serial[serial] for serial in lease.holders if serial in self._by_serial]
+        return not all(place.stalled for place in holders)
 
     # --- what time brings ---
 
@@ -529,11 +591,7 @@ class Desk:
         place.stalled = True
         for number in place.held:
             lease = self.leases.get(number)
-            if lease is not None and not any(
-                serial != place.peer.serial and not self._by_serial[serial].stalled
-                for serial in lease.holders
-                if serial in self._by_serial
-            ):
+            if lease is not None and not self._is_in_hand(lease):
                 self._again(lease)
         self._note_alone()
         self.call_staff()
@@ -557,13 +615,12 @@ class Desk:
                 continue
             number = lease.work.source.number
             since, text = self._refused[number]
-            if now - since > REFUSED_FOR and not any(
-                number not in place.refuses for place in self.places.values() if place.known and not place.leaving
-            ):
+            there = [place for place in self.places.values() if place.known and not place.leaving]
+            if there and now - since > REFUSED_FOR and all(number in place.refuses for place in there):
                 self.give_up(lease, SourceMismatch(text))
 
     def _note_alone(self) -> None:
-        if any(place.known and not place.stalled and not place.leaving for place in self.places.values()):
+        if any(place.is_open for place in self.places.values()):
             self.alone_since = float("inf")
         elif self.alone_since == float("inf"):
             self.alone_since = time.monotonic()
@@ -592,7 +649,7 @@ class Desk:
         with self.lock:
             if not self.leases:
                 return 0
-            there = sum(place.known and not place.leaving and not place.stalled for place in self.places.values())
+            there = sum(place.is_open for place in self.places.values())
             return max(0, min(self.terms.workers, max(len(self.leases), 1)) - there)
 
     def snapshot(self) -> PoolStats:
@@ -607,31 +664,41 @@ class Desk:
             values["transport"] = "shared memory" if known else ""
             return PoolStats(**values)
 
+    def leave(self) -> None:
+        """Have it close soon. Takes no lock: it is called where garbage is collected, in any thread."""
+        self._ends = True
+        self.wake()
+
     def close(self) -> None:
         """Let all workers go; all that was given out and not taken raises."""
+        if os.getpid() != self.pid:
+            return
+        self.leave()
+        self._thread.join()
+        self.end_staff()
+
+    def _shut(self) -> None:
         with self.lock:
-            if self.closed or os.getpid() != self.pid:
-                return
             self.closed = True
-            for place in list(self.places.values()):
-                place.leaving = True
+            for place in self.places.values():
                 place.peer.close()
             self.places.clear()
             for lease in list(self.leases.values()):
-                lease.error = closed_error()
+                lease.error = closed_error() if self.failure is None else self.failure
                 self.finish(lease)
             self._waiting.clear()
             self.listener.close()
             self.arena.close()
         self.call_staff()
-        self.wake()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        os.close(self._wake_write)
-        os.close(self._wake_read)
 
 
 _desks: weakref.WeakSet[Desk] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    for desk in list(_desks):
+        desk.close()
 
 
 def _let_go_in_fork() -> None:
@@ -668,6 +735,7 @@ class ActorCrew(Crew):
         self._terms, self._keys, self._named, self._open_staff = terms, keys, sources, open_staff
         self._desk: Desk | None = None
         self._closed = False
+        self._gave_up: float | None = None  # on workers: what the desk's `alone_since` was then
         self._numbers = itertools.count(1)
         self._opening = threading.Lock()
 
@@ -680,7 +748,8 @@ class ActorCrew(Crew):
             with self._opening:
                 if self._desk is None:
                     desk = Desk(self._terms, self._keys)
-                    self._stop = weakref.finalize(self, _close, desk, self._open_staff(desk))
+                    desk.end_staff = self._open_staff(desk)
+                    weakref.finalize(self, desk.leave).atexit = False
                     self._desk = desk
         if os.getpid() != self._desk.pid:
             raise RuntimeError("a pool of actors belongs to the process that made it; make one after the fork.")
@@ -735,27 +804,35 @@ class ActorCrew(Crew):
             desk.stats.given += 1
             if lease.filled is None:
                 value, lease.value = lease.value, None
-                return value
-            slot, place, length = lease.filled
-            if isinstance(lease.work, Call):
-                how = "copy"
-            if how != "view":
-                lease.filled = None  # the arena takes care of the slot
-            value = desk.arena.read(slot, place, length, how)
-        return self._value_of(value) if isinstance(lease.work, Call) else value
+            else:
+                desk.need_open()
+                slot, place, length = lease.filled
+                if isinstance(lease.work, Call):
+                    how = "copy"
+                if how != "view":
+                    lease.filled = None  # the arena takes care of the slot
+                value = desk.arena.read(slot, place, length, how)
+        return self._value_of(value) if isinstance(lease.work, Call) and not lease.here else value
 
     def _value_of(self, described: dict[str, Any]) -> Any:
         return described["value"] if "value" in described else load_signed(b"value", described, self._keys)
 
     def _wait(self, lease: Lease) -> None:
         desk, begun = self.desk, time.monotonic()
-        patience = self._terms.alone_after
-        while not lease.ready.acquire(timeout=0.2):  # short: whoever is waited for in a job may be cancelled
-            alone = time.monotonic() - max(desk.alone_since, begun)
-            if patience is not None and alone > patience and not lease.done:
+        # Short, since whoever is waited for in a job may be cancelled.
+        while not lease.ready.acquire(timeout=0 if self._gave_up == desk.alone_since else 0.2):
+            if self._is_left_alone(begun) and not lease.done:
                 self._prepare_here(lease)
                 break
         desk.stats.trainer_waited += time.monotonic() - begun
+
+    def _is_left_alone(self, begun: float) -> bool:
+        """Whether no worker has come for so long, since the waiting began, that none is waited for any more. Once that
+        is so, it is so until one comes."""
+        since, patience = self.desk.alone_since, self._terms.alone_after
+        if patience is not None and time.monotonic() - max(since, begun) > patience:
+            self._gave_up = since
+        return self._gave_up == since
 
     def _prepare_here(self, lease: Lease) -> None:
         """There are no workers: the trainer does it itself, so that it goes on."""
@@ -776,8 +853,13 @@ class ActorCrew(Crew):
             error.add_note(f"Raised in this process by {lease.work}.")
             with desk.lock:
                 desk.give_up(lease, error)
-        with desk.lock:
-            desk.finish(lease)
+        except BaseException:  # as Ctrl-C: the batch is not to blame, and is waited for again
+            with desk.lock:
+                desk.take_back(lease)
+            raise
+        else:
+            with desk.lock:
+                desk.finish(lease)
 
     def _run_here(self, work: Work) -> Any:
         if isinstance(work, Call):
@@ -805,7 +887,7 @@ class ActorCrew(Crew):
 
     def abandon(self, leases: Iterable[Lease]) -> None:
         desk = self._desk
-        if desk is not None:
+        if desk is not None and os.getpid() == desk.pid:
             for lease in leases:
                 desk.call_off(lease)
                 desk.abandoned.append(lease)
@@ -814,10 +896,4 @@ class ActorCrew(Crew):
     def close(self) -> None:
         self._closed = True
         if self._desk is not None:
-            self._stop()
-
-
-def _close(desk: Desk, end_staff: Callable[[], None]) -> None:
-    desk.close()
-    if os.getpid() == desk.pid:
-        end_staff()
+            self._desk.close()

@@ -23,6 +23,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -42,6 +43,8 @@ logger = logging.getLogger("mlqueue.batches")
 
 #: How often the store is told how a pool fares, in seconds.
 PUBLISH_EVERY: Final = 2.0
+#: Over so many of these are rates averaged.
+LATELY: Final = 5
 #: How often it is looked whether the jobs that no worker has come for are still there, in seconds.
 LOOK_EVERY: Final = 1.0
 #: How long the next worker is waited for before another is asked for, in seconds. One by one they are taken by
@@ -142,6 +145,7 @@ class Staff:
         self._pending: dict[str, float] = {}  # jobs that no worker has come for: since when
         self._looked = self._published = 0.0
         self._begun = time.time()
+        self._course = deque([(time.monotonic(), PoolStats())], maxlen=LATELY)
         desk.call_staff = self._called.set
         self._thread = threading.Thread(target=self._run, name="mlqueue-batch-staff", daemon=True)
         self._thread.start()
@@ -218,8 +222,13 @@ class Staff:
             pass  # it has ended
 
     def _publish(self) -> None:
-        stats = self._desk.snapshot()
+        now, stats = time.monotonic(), self._desk.snapshot()
+        then, before = self._course[0]
+        self._course.append((now, stats))
+        names = ("given", "bytes", "trainer_waited", "workers_waited")
+        lately = {"seconds": now - then, **{name: getattr(stats, name) - getattr(before, name) for name in names}}
         more = {"queue": self._queue, "begun": self._begun, "pid": os.getpid(), "host": os.uname().nodename}
+        more["lately"] = lately
         self._mlq.store.publish_pool(self._desk.run, codec.encode({**vars(stats), **more}))
 
     def _forget(self) -> None:

@@ -51,6 +51,9 @@ WELCOME, SLOT, SLOT_GONE, SOURCE, SOURCE_GONE, LEASE, END = range(1, 8)
 # nanoseconds); the worker lives; it wants to leave.
 DONE, FAILED, SKIPPED, REFUSED, BEAT, LEAVE = range(11, 17)
 
+#: For how long a worker waits to be rid of what it has to say, in seconds, until the trainer counts as gone.
+SEND_WITHIN = 10
+
 #: This process, among all that there are or were. A fork is told from its parent by the process id.
 PROCESS = uuid.uuid4().bytes
 
@@ -284,6 +287,8 @@ class HostLink(Link):
 
     def __init__(self, name: bytes, token: bytes, job_id: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # A trainer that is stopped reads nothing: whoever waits for it to do so could not be stopped either.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_WITHIN, 0))
         self._sending = threading.Lock()
         self._writers: dict[int, SlotWriter] = {}
         self.serial = 0

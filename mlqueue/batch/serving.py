@@ -61,23 +61,32 @@ class Shelf:
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is kept under `key`; made by `make` where there is nothing, by one thread while others wait."""
         with self._lock:
+            if key in self._kept:
+                self._used[key] = time.monotonic()
+                return self._kept[key]
             making = self._making.setdefault(key, threading.Lock())
         with making:
-            if key not in self._kept:
-                value = make()
-                with self._lock:
-                    self._kept[key] = value
+            with self._lock:
+                if key in self._kept:  # another thread has made it meanwhile
                     self._used[key] = time.monotonic()
-                    if self._sweeper is None:
-                        self._sweeper = threading.Thread(target=self._sweep, name="mlqueue-batch-shelf", daemon=True)
-                        self._sweeper.start()
-            self._used[key] = time.monotonic()
-            return self._kept[key]
+                    return self._kept[key]
+            value = make()
+            with self._lock:
+                self._kept[key], self._used[key] = value, time.monotonic()
+                if self._sweeper is None:
+                    self._sweeper = threading.Thread(target=self._sweep, name="mlqueue-batch-shelf", daemon=True)
+                    self._sweeper.start()
+            return value
 
     def touch(self, key: Any) -> None:
         """It is being used."""
-        if key in self._used:
-            self._used[key] = time.monotonic()
+        with self._lock:
+            if key in self._kept:
+                self._used[key] = time.monotonic()
+
+    def has(self, key: Any) -> bool:
+        """Whether it is kept."""
+        return key in self._kept
 
     def _sweep(self) -> None:
         while True:
@@ -205,6 +214,7 @@ class Serving:
         self._link, self._sources, self._keys, self._patience = link, sources, keys, patience
         self._announced: dict[int, Order] = {}
         self._made: dict[int, tuple[Any, Any]] = {}  # of sources: key on the shelf, value or exception
+        self._tidied = time.monotonic()
 
     def run(self) -> None:
         """Take leases until there are no more."""
@@ -222,6 +232,8 @@ class Serving:
             if asked is None and self._patience.is_over():
                 asked = time.monotonic()
                 self._link.tell(links.LEAVE)
+            if time.monotonic() > self._tidied + KEEP / 4:
+                self.tidy()
 
     def _obey(self, order: Order) -> None:
         if order.kind == links.LEASE:
@@ -275,19 +287,26 @@ class Serving:
 
     # --- sources ---
 
+    def tidy(self) -> None:
+        """Let go of the sources that the shelf has let go of: they are made again when they are needed again."""
+        self._tidied = time.monotonic()
+        for number, (key, _) in list(self._made.items()):
+            if key is not None and not shelf.has(key):
+                del self._made[number]
+
     def constant(self, number: int) -> Any:
         """The source, or the shared constant, of this number."""
         if number not in self._made:
             self._made[number] = self._make(self._announced[number])
         key, value = self._made[number]
         if isinstance(value, Refused | SourceFailed):
-            raise value
+            raise value.with_traceback(None)  # else it would grow with each batch
         shelf.touch(key)
         return value
 
     def _make(self, order: Order) -> tuple[Any, Any]:
         assert order.fd is not None
-        segment = Segment.attach(order.fd)
+        segment = Segment.attach(os.dup(order.fd))
         try:
             whole = segment.as_private_bytes()
             described = read_description(whole, order.place, order.length)(whole, None)
@@ -303,7 +322,6 @@ class Serving:
             return None, failed
         finally:
             segment.close()
-            self._announced[order.number] = order._replace(fd=None)
 
     def named(self, name: str, kwargs: bytes, version: str) -> Any:
         """The source of this name, if it is the one that is meant."""

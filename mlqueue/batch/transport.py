@@ -109,6 +109,8 @@ class Segment:
 
     def grow(self, size: int) -> None:
         """Make at least `size` bytes usable here. Raises TransportError when there is no room for them."""
+        if size <= self.size:
+            return
         present = os.fstat(self.fd).st_size
         if size > present:
             # A little more than asked for, so that batches of slightly different sizes do not grow it every time.
@@ -174,7 +176,9 @@ def _allocate(fd: int, present: int, size: int) -> None:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
         else:
-            os.ftruncate(fd, size)  # type: ignore[unreachable,unused-ignore]
+            # A hole would be filled only when it is written to.
+            for place in range(present, size, CHECKED_BYTES):  # type: ignore[unreachable,unused-ignore]
+                os.pwrite(fd, bytes(min(CHECKED_BYTES, size - place)), place)
     except OSError as error:
         raise _no_room(size, str(error.strerror)) from error
 

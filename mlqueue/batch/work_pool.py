@@ -239,6 +239,43 @@ class ParallelDataSource(AbstractDataSource):
         return ParallelDataSource(part, self.batch_buffer_size, self.pool, copy=self.copy)
 
 
+class Drawing:
+    """The index batches of an iterator, drawn as work for a crew. It knows nothing of the iterator, which so ends with
+    the last reference to it."""
+
+    def __init__(self, indices: Any, number: int, group: int) -> None:
+        self.indices, self._drawn, self._group = indices, number, group
+        #: Of the groups under way: the numbers of samples.
+        self.sizes: deque[list[int]] = deque()
+        #: Number of a batch, and the state of the indices before it.
+        self.anchors: deque[tuple[int, Any]] = deque()
+
+    def calls(self, shared: Any, stream: tuple[int, int], empty: Any) -> Iterator[BatchCall]:
+        """The work, in order."""
+        failure: BaseException | None = None
+        while failure is None:
+            indices: list[Any] = []
+            try:
+                while len(indices) < self._group:
+                    indices.append(self._draw())
+            except BaseException as error:  # noqa: BLE001 - raised behind what was drawn before
+                failure = error
+            if indices:
+                joined = indices[0] if len(indices) == 1 else np.concatenate(indices)
+                self.sizes.append([0] if self._group == 1 else [len(part) for part in indices])
+                yield BatchCall(shared, joined, (*stream, self._drawn - len(indices)), empty)
+        if not isinstance(failure, StopIteration):
+            raise failure
+
+    def _draw(self) -> Any:
+        if not self.anchors or self._drawn - self.anchors[-1][0] >= ANCHOR_EVERY:
+            save = getattr(self.indices, "state_dict", None)
+            self.anchors.append((self._drawn, None if save is None else quiet_state(save)))
+        index_batch = next(self.indices)
+        self._drawn += 1
+        return index_batch
+
+
 class ParallelIterator(BatchIterator):
     """The iterator of a :class:`ParallelDataSource`.
 
@@ -260,39 +297,13 @@ class ParallelIterator(BatchIterator):
         return self._source.ds.batch_indices_iterator(self._batch_size, **self._kwargs)  # type: ignore[attr-defined]
 
     def _start(self, indices: Any, number: int) -> None:
-        self._indices = indices
-        self._drawn = self._given = number
+        self._given = number
         self._parts: deque[Any] = deque()  # batches of a group that are to be given
-        self._sizes: deque[list[int]] = deque()  # of the groups under way: the numbers of samples
-        self._anchors: deque[tuple[int, Any]] = deque()  # number of a batch, state of the indices before it
         crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
-        self._empty = crew.empty
         self._group = group_size(self._source.ds, self._batch_size, ahead // (2 * crew.workers))
-        self._window = Window(crew, self._calls(), ahead // self._group, self._how)
-
-    def _calls(self) -> Iterator[BatchCall]:
-        failure: BaseException | None = None
-        while failure is None:
-            indices: list[Any] = []
-            try:
-                while len(indices) < self._group:
-                    indices.append(self._draw())
-            except BaseException as error:  # noqa: BLE001 - raised behind what was drawn before
-                failure = error
-            if indices:
-                joined = indices[0] if len(indices) == 1 else np.concatenate(indices)
-                self._sizes.append([0] if self._group == 1 else [len(part) for part in indices])
-                yield BatchCall(self._shared, joined, (*self._stream, self._drawn - len(indices)), self._empty)
-        if not isinstance(failure, StopIteration):
-            raise failure
-
-    def _draw(self) -> Any:
-        if not self._anchors or self._drawn - self._anchors[-1][0] >= ANCHOR_EVERY:
-            save = getattr(self._indices, "state_dict", None)
-            self._anchors.append((self._drawn, None if save is None else quiet_state(save)))
-        index_batch = next(self._indices)
-        self._drawn += 1
-        return index_batch
+        self._drawing = Drawing(indices, number, self._group)
+        calls = self._drawing.calls(self._shared, self._stream, crew.empty)
+        self._window = Window(crew, calls, ahead // self._group, self._how)
 
     def __next__(self) -> Any:
         if self._closed:
@@ -311,18 +322,19 @@ class ParallelIterator(BatchIterator):
         except (StopIteration, KeyboardInterrupt):
             raise
         except BaseException:
-            if self._sizes:  # else it was the indices that could not be drawn
-                self._given += len(self._sizes.popleft())
+            if self._drawing.sizes:  # else it was the indices that could not be drawn
+                self._given += len(self._drawing.sizes.popleft())
             raise
-        sizes = self._sizes.popleft()
+        sizes = self._drawing.sizes.popleft()
         return [batch] if self._group == 1 else part_batch(batch, sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        while len(self._anchors) > 1 and self._anchors[1][0] <= self._given:
-            self._anchors.popleft()
-        number, anchor = self._anchors[0]
+        anchors = self._drawing.anchors
+        while len(anchors) > 1 and anchors[1][0] <= self._given:
+            anchors.popleft()
+        number, anchor = anchors[0]
         if anchor is None:
-            state_of(self._indices)  # raises, saying what is missing
+            state_of(self._drawing.indices)  # raises, saying what is missing
         state = self._state_after(anchor, self._given - number)
         return {**state, "pool": {"stream": list(self._stream), "number": self._given}}
 

@@ -20,6 +20,7 @@ from . import types
 from .call import Call, command
 from .live import status
 from .opening import open_store
+from .pools import POOL_HEAD, pool_rows
 from .text import ago, clean, clean_lines, cut, duration, error_text, iso, on_terminal, progress, table, usage_text
 from .top import EVERY, follow
 from .values import plain
@@ -273,29 +274,8 @@ def stats(call: Call) -> None:
         rows = [(*lane, *(numbers[state] for state in State)) for lane, numbers in sorted(by_lane.items())]
         call.write("\n" + table(("queue", "actor", *State), rows, people=True))
     _write_workers(call, workers)
-    _write_pools(call, pools)
-
-
-def _write_pools(call: Call, pools: dict[str, dict[str, Any]]) -> None:
-    """How the preparing of batches goes, for each trainer: who waits for whom, as shares of the time since it began."""
-    rows = []
-    for pool in pools.values():
-        lasted = max(1e-3, time.time() - pool["begun"])
-        rows.append(
-            (
-                pool["queue"],
-                f"{pool['host']}/{pool['pid']}",
-                f"{pool['trainer_waited'] / lasted:.0%}",
-                pool["workers"],
-                f"{pool['workers_waited'] / lasted / max(1, pool['workers']):.0%}",
-                f"{pool['given'] / lasted:.1f}",
-                f"{pool['ready']} of {pool['ready'] + pool['outstanding']}",
-                pool["transport"],
-            )
-        )
-    if rows:
-        head = ("queue", "trainer", "waits", "workers", "idle", "batches/s", "ready", "by")
-        call.write("\n" + table(head, rows, people=True))
+    if pools:
+        call.write("\n" + table(POOL_HEAD, list(pool_rows(pools)), people=True))
 
 
 def _write_workers(call: Call, workers: list[WorkerInfo]) -> None:

@@ -19,7 +19,9 @@ from ..store.store import Moment
 from . import types
 from .call import Call, command
 from .opening import open_store
+from .pools import POOL_HEAD, pool_rows
 from .text import ago, clean, duration, error_text, on_terminal, progress
+from .values import plain
 
 __all__ = ["EVERY", "follow", "top"]
 
@@ -32,6 +34,9 @@ LATEST: Final = 20
 #: Heights of a little chart, lowest first, and how many of them it has.
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
 WIDTH: Final = 40
+
+#: Columns of numbers.
+NUMBERS: Final = {"queued", "running", "dead", "oldest", "workers", "memory", "CPU", "restarts", *POOL_HEAD[2:-1]}
 
 #: What each state is shown in.
 COLOURS: Final = {
@@ -122,6 +127,7 @@ def _plain(now: Now, jobs: Sequence[JobRecord]) -> dict[str, Any]:
             {**dataclasses.asdict(worker), "info": {"host": worker.info.get("host"), "pid": worker.info.get("pid")}}
             for worker in now.workers
         ],
+        "pools": [{"id": run, **plain(pool)} for run, pool in sorted(now.pools.items())],
         "jobs": [record.asdict() for record in jobs],
     }
 
@@ -139,6 +145,7 @@ def _picture(store: Store, now: Now, jobs: Sequence[JobRecord]) -> Any:
         "",
         _workers(now),
         "",
+        *_pools(now),
         _jobs(store, jobs),
     ]
     return _rich("console").Group(*[part for part in parts if part is not None])
@@ -190,8 +197,7 @@ def _blocks(values: Sequence[float]) -> str:
 def _table(*columns: str) -> Any:
     table = _rich("table").Table(box=None, pad_edge=False, header_style="bold bright_black", expand=False)
     for name in columns:
-        right = name in ("queued", "running", "dead", "oldest", "workers", "memory", "CPU", "restarts")
-        table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True, overflow="ellipsis")
     return table
 
 
@@ -222,6 +228,16 @@ def _workers(now: Now) -> Any:
         does = ", ".join(f"{record.actor} {progress(record)}".strip() for record in jobs) or "idle"
         _row(table, worker.info.get("host", "?"), worker.info.get("pid", "?"), *told, does)
     return table
+
+
+def _pools(now: Now) -> list[Any]:
+    """The pools that have batches prepared, and how those travel; nothing where there are none."""
+    if not now.pools:
+        return []
+    table = _table(*POOL_HEAD)
+    for row in pool_rows(now.pools):
+        _row(table, *row)
+    return [table, ""]
 
 
 def _jobs(store: Store, jobs: Sequence[JobRecord]) -> Any:

@@ -8,13 +8,17 @@ import importlib
 import itertools
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -25,12 +29,17 @@ from support import eventually
 from test_work_pool import SHUFFLES, assert_same
 from worker_processes import Site
 
-from mlqueue.batch import serving
+from mlqueue import codec
+from mlqueue.batch import links, serving
+from mlqueue.batch.actor_crew import Desk, Source, Terms, as_bytes
 from mlqueue.batch.actor_pool import ActorPool
+from mlqueue.batch.crew import BatchCall, Call
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.errors import SourceFailed, SourceMismatch
+from mlqueue.batch.transport import Segment, TransportError
 from mlqueue.batch.work_pool import WorkerDied, WorkerError
 from mlqueue.errors import SigningKeyMissing
+from mlqueue.named import NamedSource
 
 #: Weighted samples cannot be drawn in order, and without a seed noise is to differ.
 NEEDS_SEED = {"weighted", "mapped with noise", "noisy parts"}
@@ -106,6 +115,14 @@ def pool(bench):
         yield pool
 
 
+@pytest.fixture
+def pools(bench):
+    """By their number of workers."""
+    sys.modules["batch_sources"] = bench.module
+    with bench.pool(workers=1) as one, bench.pool(workers=2) as two:
+        yield {1: one, 2: two}
+
+
 class TestBatches:
     @pytest.mark.parametrize("how", ["by name", "pickled"])
     def test_every_kind_of_source_gives_its_own_batches_in_its_order(self, bench, pool, how):
@@ -124,7 +141,8 @@ class TestBatches:
 
     @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
     @given(data=st.data())
-    def test_any_source_size_buffer_and_seed(self, bench, pool, data):
+    def test_any_source_size_buffer_seed_and_number_of_workers(self, bench, pools, data):
+        pool = pools[data.draw(st.sampled_from([1, 2]), "workers")]
         kind = data.draw(st.sampled_from(sorted(set(bench.module.SOURCES) - {"weighted"})))
         size, ahead = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 30))
         seeds = st.integers(0, 9) if kind in NEEDS_SEED else st.none() | st.integers(0, 9)
@@ -171,6 +189,27 @@ class TestBatches:
         serial = ds.batch_iterator(16, shuffle=5)
         serial.load_state_dict(state)
         assert_same(expected[4:], list(serial))
+
+    def test_many_epochs_need_no_more_slots_and_no_more_descriptors_than_few(self, bench, pool):
+        def descriptors(pid):
+            found = 0
+            for link in Path(f"/proc/{pid}/fd").glob("*"):
+                with contextlib.suppress(OSError):
+                    found += "memfd" in os.readlink(link)
+            return found
+
+        for epoch in range(150):
+            source = bench.module.any_source(kind="mapped")  # each epoch another one, which is the same to workers
+            batches = pool.parallel_data_source(source, 6).batch_iterator(30, shuffle=1, epoch=epoch)
+            for _ in itertools.islice(batches, epoch % 8):
+                pass
+            del batches
+        desk = pool._crew.desk
+        eventually(lambda: not desk.leases)
+        assert len(desk.arena.slots) <= 24
+        pids = [os.getpid(), *(place.peer.pid for place in desk.places.values())]
+        # Two for each slot; each source has two as well, as long as it is there.
+        assert eventually(lambda: max(map(descriptors, pids)) < 100)
 
     def test_work_ahead_is_bounded_by_the_buffer(self, bench, pool):
         ds = pool.parallel_data_source(bench.module.faulty(how="none", n=500), 7)
@@ -339,9 +378,11 @@ class TestWorkers:
 
     def test_without_workers_the_trainer_prepares_them_itself(self, bench, caplog):
         state = np.random.get_state()[1].copy()
-        with bench.pool(queue_name="nobody", alone_after=0.1) as pool:
+        with bench.pool(queue_name="nobody", alone_after=0.6) as pool:
             ds = bench.module.any_source(kind="mapped with noise")
+            begun = time.monotonic()
             given_ = list(pool.parallel_data_source(ds).batch_iterator(50, shuffle=2))
+            assert time.monotonic() - begun < 2 * 0.6 + 1, "its patience is spent once, not for each batch"
             assert_same(list(ds.batch_iterator(50, shuffle=2)), given_)
             assert 5 == pool.stats().here
             assert "mlqueue worker MODULE" in caplog.text
@@ -361,6 +402,218 @@ class TestWorkers:
             batches.close()
 
 
+@pytest.fixture
+def new_desk():
+    """Opens desks of two places, whose workers are made here, by hand."""
+    made = []
+
+    def open_desk(lease=0.1, **terms):
+        made.append(Desk(Terms(workers=2, lease=lease, **terms), ()))
+        return made[-1]
+
+    yield open_desk
+    for each in made:
+        each.close()
+
+
+class Hand:
+    """A worker whose every step is the test's."""
+
+    def __init__(self, desk):
+        with mock.patch.object(links, "PROCESS", uuid.uuid4().bytes):  # each as if in a process of its own
+            self.link = links.connect(desk.listener.address, "job")
+
+    def order(self, timeout=5):
+        """The next lease."""
+        while (order := self.link.receive(timeout)) is not None and order.kind == links.SOURCE:
+            os.close(order.fd)
+        assert order is not None
+        assert order.kind == links.LEASE
+        return order
+
+    def fill(self, order, value):
+        """Prepares what an order says, if it still may: 100,000 bytes of one value. Where its description is."""
+        if self.link.claim(order) is None:
+            return None
+        writer = self.link.place(order)
+        array = writer.empty(100_000, np.uint8)
+        array[:] = value
+        return writer.write((array,))
+
+    def answer(self, order, value):
+        self.link.deliver(links.DONE, order, *self.fill(order, value))
+
+
+def give(desk, source=None):
+    """A lease for nothing in particular."""
+    return desk.give_out(Call(len, ("ab",)) if source is None else BatchCall(source, np.arange(2), (1, 0, 0)), b"do it")
+
+
+def read(desk, lease):
+    assert lease.ready.acquire(timeout=5)
+    with desk.lock:
+        return desk.arena.read(*lease.filled, "view")[0]
+
+
+class TestRaces:
+    """What a worker does that is late, by workers that are made by hand."""
+
+    def test_a_worker_that_was_cut_off_writes_into_no_slot_that_is_used_again(self, new_desk):
+        desk = new_desk(lease=0.05)
+        late = Hand(desk)
+        leases = [give(desk), give(desk)]
+        # It has not said a word, and its orders are still on their way when the trainer has given up the batches.
+        eventually(lambda: desk.stats.retries >= 2 and not desk.places)
+        desk.abandoned.extend(leases)
+        desk.wake()
+        eventually(lambda: not desk.leases)
+        orders = [late.order(), late.order()]
+        begun = [order for order in orders if late.link.claim(order) is not None]
+        assert begun, "this is what must do no harm"
+        held = [give(desk), give(desk)]
+        fresh = Hand(desk)
+        for value in (3, 5):
+            fresh.answer(fresh.order(), value)
+        for order in begun:
+            late.link.place(order).empty(100_000, np.uint8)[:] = 77
+        assert [{3}, {5}] == [set(read(desk, lease).tolist()) for lease in held]
+        late.link.close()
+        fresh.link.close()
+
+    def test_workers_that_are_silent_keep_no_place_from_others(self, new_desk):
+        desk = new_desk(lease=0.3)
+        silent = [Hand(desk), Hand(desk)]
+        lease = give(desk)
+        eventually(lambda: [place.stalled for place in desk.places.values()] == [True, True])
+        other = Hand(desk)
+        other.answer(other.order(), 9)
+        assert {9} == set(read(desk, lease).tolist())
+        for hand in (*silent, other):
+            hand.link.close()
+
+    def test_what_one_worker_loses_and_a_silent_one_has_goes_to_a_third(self, new_desk):
+        desk = new_desk(lease=1)
+        silent = Hand(desk)
+        lease = give(desk)
+        assert lease.number == silent.order().number
+        eventually(lambda: all(place.stalled for place in desk.places.values()))
+        second = Hand(desk)
+        assert lease.number == second.order().number
+        second.link.close()
+        third = Hand(desk)
+        order = third.order(timeout=2)  # before the silent one is cut off
+        third.answer(order, 4)
+        assert {4} == set(read(desk, lease).tolist())
+        silent.link.close()
+        third.link.close()
+
+    def test_what_no_worker_can_take_holds_up_nothing_else(self, new_desk):
+        desk = new_desk(lease=5)
+        refused, wanted = (
+            SimpleNamespace(number=number, segment=Segment.create(), place=0, length=0, how=1) for number in (1, 2)
+        )
+        hand = Hand(desk)
+        leases = [give(desk, refused), give(desk, refused), give(desk, wanted)]
+        for order in (hand.order(), hand.order()):
+            assert hand.link.claim(order)
+            hand.link.deliver(links.REFUSED, order, *hand.link.place(order).write({"text": "not here"}))
+        assert leases[2].number == hand.order(timeout=1).number, "before the others are given up"
+        hand.link.close()
+
+    def test_what_waits_behind_a_long_batch_goes_to_a_worker_that_has_nothing_to_do(self, new_desk):
+        desk = new_desk(lease=5)
+        busy = Hand(desk)
+        long, behind = give(desk), give(desk)
+        first = busy.order()
+        assert (long.number, True) == (first.number, busy.link.claim(first) is not None)
+        free = Hand(desk)
+        order = free.order()
+        assert behind.number == order.number
+        second = busy.order()
+        assert (behind.number, None) == (second.number, busy.link.claim(second))
+        busy.link.deliver(links.SKIPPED, second)
+        free.answer(order, 6)
+        assert {6} == set(read(desk, behind).tolist())
+        assert 0 == desk.stats.retries
+        busy.link.close()
+        free.link.close()
+
+    def test_a_lease_for_which_there_is_no_memory_is_an_error_and_the_next_is_not(self, new_desk):
+        desk = new_desk(lease=5)
+        hand = Hand(desk)
+        eventually(lambda: any(place.known for place in desk.places.values()))
+        with mock.patch.object(desk.arena, "take", side_effect=TransportError("there is no memory")):
+            poor = give(desk)
+        assert "there is no memory" in str(poor.error)
+        lease = give(desk)
+        hand.answer(hand.order(), 1)
+        assert {1} == set(read(desk, lease).tolist())
+        hand.link.close()
+
+    def test_what_was_to_be_prepared_by_the_trainer_goes_to_a_worker_when_that_was_interrupted(self, new_desk):
+        desk = new_desk(lease=5)
+        lease = give(desk)
+        lease.here = True
+        hand = Hand(desk)
+        eventually(lambda: any(place.known for place in desk.places.values()))
+        with desk.lock:
+            desk.take_back(lease)
+        hand.answer(hand.order(), 2)
+        assert {2} == set(read(desk, lease).tolist())
+        hand.link.close()
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_a_desk_that_has_failed_says_so_and_lets_nobody_wait(self, new_desk):
+        desk = new_desk(lease=0.1)
+        lease = give(desk)
+        with mock.patch.object(desk, "_look", side_effect=LookupError("a fault of ours")):
+            assert lease.ready.acquire(timeout=5)
+        assert isinstance(lease.error, LookupError)
+        with pytest.raises(RuntimeError, match="the pool has failed"):
+            give(desk)
+
+    def test_a_desk_that_is_closed_rings_at_nobody_elses_descriptor(self, new_desk):
+        desk = new_desk()
+        desk.close()
+        pipes = [os.pipe() for _ in range(12)]  # they take the numbers that have become free
+        desk.wake()
+        assert [] == select.select([reader for reader, _ in pipes], [], [], 0)[0]
+        for fd in itertools.chain(*pipes):
+            os.close(fd)
+
+    def test_a_pool_that_is_dropped_while_its_lock_is_held_closes_without_a_wait(self, bench):
+        pool = bench.pool(queue_name="nobody")
+        desk = pool._crew.desk
+        with desk.lock:
+            del pool  # as the garbage collector may do, in any thread at any moment
+            gc.collect()
+        eventually(lambda: desk.closed)
+
+    def test_a_source_that_was_let_go_while_its_place_goes_on_is_made_again(self):
+        made = []
+
+        def factory():
+            made.append(ArrayDataSource([np.arange(4)]))
+            return made[-1]
+
+        source = NamedSource("it", factory)
+        described = {"name": "it", "kwargs": as_bytes(codec.encode({})), "version": source.version(codec.encode({}))}
+        sent = Source(1, None, described, serving.NAMED)
+        worker = serving.Serving(mock.Mock(), {"it": source}, (), mock.Mock())
+        worker._obey(links.Order(links.SOURCE, 1, 0, sent.place, sent.length, sent.how, os.dup(sent.segment.fd)))
+        assert worker.constant(1) is worker.constant(1)
+        [only] = made
+        gone = weakref.ref(only)
+        made.clear()
+        del only
+        serving.shelf.drop()
+        worker.tidy()
+        assert gone() is None
+        assert worker.constant(1) is made[0]
+        worker.close()
+        serving.shelf.drop()
+
+
 class TestSeen:
     def test_the_command_line_shows_who_waits_for_whom_as_long_as_the_pool_is_open(self, bench, pool):
         list(pool.parallel_data_source(bench.module.faulty(how="none")).batch_iterator(5))
@@ -376,7 +629,7 @@ class TestSeen:
             check=True,
             timeout=60,
         )
-        assert re.search(r"TRAINER +WAITS +WORKERS +IDLE +BATCHES/S +READY", run.stdout)
+        assert re.search(r"TRAINER +WAITS +WORKERS +IDLE +BATCHES/S +MB/S +READY +AGAIN +BY", run.stdout)
         assert re.search(rf"batches +\S+/{os.getpid()} +\d+% +\d +\d+% ", run.stdout)
         pool.close()
         assert {} == bench.mlq.store.pools()

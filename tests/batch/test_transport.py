@@ -290,6 +290,12 @@ connection.sendall(place.to_bytes(8, "little") + length.to_bytes(8, "little"))
         assert x.sum() == 4999950000
         assert list(tmp_path.iterdir()) == []
 
+    def test_where_room_cannot_be_asked_for_it_is_taken_at_once(self, monkeypatch):
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        segment = Segment.create()
+        segment.grow(40_000_000)
+        assert os.fstat(segment.fd).st_blocks * 512 >= segment.size >= 40_000_000
+
     def test_private_bytes_are_seen_here_only(self):
         segment = Segment.create()
         segment.memory[100] = 5

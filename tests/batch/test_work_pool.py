@@ -403,7 +403,7 @@ class TestResume:
         before = rng.get_state()[1].tolist()
         state = one.state_dict()
         assert rng.get_state()[1].tolist() == before
-        assert len(one._anchors) < 5
+        assert len(one._drawing.anchors) < 5
         left = list(one)
         serial = arrays(repeats=4).batch_iterator(3, shuffle=np.random.RandomState(9))
         serial.load_state_dict({name: value for name, value in state.items() if name != "pool"})
@@ -637,6 +637,18 @@ class TestEnd:
         del pool, thread_pool, parallel, batches, constant
         gc.collect()
         assert open_fds() == fds
+
+    def test_an_iterator_that_is_dropped_ends_its_work_at_once_not_when_garbage_is_collected(self):
+        gc.disable()
+        try:
+            with WorkerThreadPool(1) as pool:
+                batches = pool.parallel_data_source(arrays(), 4).batch_iterator(10, shuffle=1)
+                next(batches)
+                gone = weakref.ref(batches)
+                del batches
+                assert gone() is None
+        finally:
+            gc.enable()
 
     def test_a_dropped_pool_leaves_nothing(self):
         pool, thread_pool = WorkerProcessPool(2), WorkerThreadPool(2)

@@ -158,17 +158,23 @@ def test_workers_killed_every_half_second(fleet: MakeFleet) -> None:
 
 
 def test_stopped_workers_a_lost_supervisor_and_a_restarted_store(fleet: MakeFleet) -> None:
-    batches = 5000 if LONG else 900
+    batches = 5000 if LONG else 1400
     with own_server() as store:
         here = fleet(store=store)
         first, second = here.worker(processes=2, threads=1), here.worker(processes=2, threads=1)
         trainer = train(here, batches, 0.012, workers=2)
         wait_for(lambda: used(here) > batches // 10)
-        for _ in range(4 if LONG else 2):
+        for number in range(10 if LONG else 2):
             victims = [pid for pid in first.pids() + second.pids() if is_alive(pid)][:2]
             send(signal.SIGSTOP, victims)
-            at = used(here)
-            wait_for(lambda at=at: used(here) > at + 60 or trainer.poll() is not None)
+            begun, at = time.monotonic(), used(here)
+            # Now and then for so long that they are cut off, which is after five leases, and go on after that.
+            until = begun + (3.5 if number % 2 else 0)
+            wait_for(
+                lambda at=at, until=until: (
+                    (used(here) > at + 60 and time.monotonic() > until) or trainer.poll() is not None
+                )
+            )
             send(signal.SIGCONT, victims)
         os.kill(server_pid(store), signal.SIGKILL)
         at = used(here)
