@@ -321,7 +321,7 @@ PAGES = {
 
 
 #: Takes the folders of this machine out of tracebacks.
-HOMELESS = r"""document.querySelectorAll("pre").forEach(pre => {
+HOMELESS = r"""document.querySelectorAll("pre:not(.log)").forEach(pre => {
   pre.textContent = pre.textContent.replace(/"\/[^"]*\/([^"\/]+\/[^"\/]+)"/g, '"$1"').replace(/mlq-look-\w+\//g, "");
 })"""
 

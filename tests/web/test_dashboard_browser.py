@@ -291,14 +291,16 @@ def test_the_curves_and_the_log_of_a_job_grow(look: Look, page: Any) -> None:
     becomes(page, "!document.querySelector('#logs-panel').hidden && !document.querySelector('#metrics-panel').hidden")
 
 
-def test_without_scripts_curves_and_log_are_there_too(chromium: Any, look: Look, ids: dict[str, str]) -> None:
-    eventually(lambda: len(look.mlq.store.metrics(ids["running"]).points.get("loss", ())) > 2)
+def test_without_scripts_curves_and_log_are_there_too(chromium: Any, look: Look) -> None:
+    job = look.mlq.submit("train", 0.01, 400, 40.0)
+    eventually(lambda: len(look.mlq.store.metrics(job.id).points.get("loss", ())) > 2)
     tab = opened(chromium, java_script_enabled=False)
-    tab.page.goto(f"{look.url}/jobs/{ids['running']}")
+    tab.page.goto(f"{look.url}/jobs/{job.id}")
     assert tab.page.locator("[data-name=loss] .line").get_attribute("d").count(" ") >= 2
     assert "epoch 1: loss" in tab.page.inner_text("#logs-panel")
     assert "epoch" in tab.page.inner_text("dt:text-is('Checkpoint') + dd")
     tab.page.context.close()
+    job.cancel()
 
 
 def test_a_limit_shows_who_holds_it_and_who_waits_and_is_set(look: Look, ids: dict[str, str], page: Any) -> None:
@@ -395,15 +397,17 @@ def test_a_worker_is_drained(look: Look, page: Any) -> None:
     page.goto(f"{look.url}/workers")
     pids = set(re.findall(r"pid (\d+)", page.inner_text("table")))
     assert 2 == len(pids)
-    mark(page)
     idle = next(worker.info["pid"] for worker in look.mlq.store.workers() if worker.info)
     page.locator("tr", has_text=f"pid {idle}").locator("button:text-is('Drain')").click()
     assert "is asked" in page.inner_text("[role=status]")
+    mark(page)
     look.mlq.store.cancel(look.mlq.submit("later", delay=60).id)
     eventually(lambda: all("drain" == w.asked or w.info.get("pid") != idle for w in look.mlq.store.workers()))
     for record in look.mlq.jobs(state="running").jobs:
         look.mlq.store.cancel(record.id)
-    eventually(lambda: str(idle) not in page.inner_text("main"), 30)
+    eventually(lambda: idle not in [worker.info.get("pid") for worker in look.mlq.store.workers()], 30)
+    eventually(lambda: f"pid {idle}" not in page.inner_text("main"))
+    assert is_the_same_page(page)
 
 
 # What is made to run

@@ -86,7 +86,7 @@ FOLLOWED: Final[Mapping[str, float]] = {
     "show_workers": 2.0,
     "show_queues": 2.0,
     "show_limits": 2.0,
-    "show_functions": 5.0,
+    "show_functions": 2.0,
     "show_callbacks": 5.0,
 }
 

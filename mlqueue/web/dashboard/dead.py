@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 #: How many dead letters a page looks at until it says so and offers to go on, and how many a page of them shows.
-LOOKS: Final = 1000
+LOOKS: Final = 500
 PAGE: Final = 50
 
 #: The longest text that an argument is edited as, in characters.

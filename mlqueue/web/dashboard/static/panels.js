@@ -78,11 +78,10 @@ function newCurve(name) {
   const caption = document.createElement("figcaption");
   caption.append(Object.assign(document.createElement("span"), { className: "name", textContent: name }));
   const value = Object.assign(document.createElement("span"), { className: "value" });
-  value.append(document.createElement("b"));
+  value.append(Object.assign(document.createElement("span"), { className: "range" }), " ", document.createElement("b"));
   caption.append(value);
   const frame = Object.assign(document.createElement("div"), { className: "frame" });
   frame.dataset.steps = "";
-  const top = Object.assign(document.createElement("span"), { className: "top" });
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 600 100");
   svg.setAttribute("preserveAspectRatio", "none");
@@ -93,7 +92,7 @@ function newCurve(name) {
     path.setAttribute("d", d);
     svg.append(path);
   }
-  frame.append(top, svg);
+  frame.append(svg);
   const axis = Object.assign(document.createElement("p"), { className: "axis" });
   axis.append(document.createElement("span"), document.createElement("span"));
   figure.append(caption, frame, axis);
@@ -116,7 +115,7 @@ function drawCurve(figure, all) {
   frame.dataset.span = String(span);
   const newest = short(ys[ys.length - 1]);
   figure.querySelector("b").textContent = newest;
-  figure.querySelector(".top").textContent = short(high);
+  figure.querySelector(".range").textContent = `${short(low)} – ${short(high)}`;
   figure.querySelector("svg").setAttribute("aria-label", `${figure.dataset.name}, ${all.length} points; now ${newest}`);
   const [from, to] = figure.querySelectorAll(".axis span");
   from.textContent = String(first);
