@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Final
 
 from flask import Response
@@ -63,17 +65,16 @@ def show_limits(visit: Visit) -> Response:
     limits, parked = visit.mlq.limits.list(), visit.store.parked()
     # Those that somebody waits for first, then those in use.
     limits.sort(key=lambda limit: (limit.name not in parked, not limit.held_by, limit.name))
-    rows = [_row(visit, limit, parked.get(limit.name, [])) for limit in limits[:MOST]]
+    slots = [collections.Counter(limit.held_by.values()) for limit in limits[:MOST]]
+    ids = list(dict.fromkeys(job_id for counter in slots for job_id in list(counter)[:HOLDERS]))
+    records = dict(zip(ids, visit.store.records(ids), strict=True))
+    shown = zip(limits[:MOST], slots, strict=True)
+    rows = [_row(limit, counter, records, parked.get(limit.name, [])) for limit, counter in shown]
     return visit.page("limits", rows=rows, left=len(limits) - len(rows))
 
 
-def _row(visit: Visit, limit: Limit, parked: list[Parked]) -> Row:
-    slots: dict[str, int] = {}
-    for job_id in limit.held_by.values():
-        slots[job_id] = slots.get(job_id, 0) + 1
-    ids = list(slots)[:HOLDERS]
-    records = visit.store.records(ids)
-    held = [Held(job_id=one, slots=slots[one], record=record) for one, record in zip(ids, records, strict=True)]
+def _row(limit: Limit, slots: Mapping[str, int], records: Mapping[str, JobRecord | None], parked: list[Parked]) -> Row:
+    held = [Held(job_id=one, slots=slots[one], record=records[one]) for one in list(slots)[:HOLDERS]]
     held.sort(key=lambda one: one.record.started_at or 0.0 if one.record is not None else 0.0)
     return Row(limit=limit, held=held, parked=parked)
 
