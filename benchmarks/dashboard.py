@@ -6,7 +6,9 @@ gunicorn with one worker process on loopback: eight threads (gthread), or gevent
 for over a connection that is kept, interleaved, and medians taken. The drain is that of benchmarks/queue.py, its own
 function, alone and with so many overviews open, in turn; these do as their script does: they follow the overview as a
 stream, and where there is none to be had they ask for it every two seconds. They run on this machine: what they take of
-its processors counts as theirs. Figures are good for ratios within one run.
+its processors counts as theirs. How much that is, with the web server's, is told too: where a drain keeps all
+processors busy it takes longer by that part, which unlike its time does not depend on what else the machine does.
+Figures are good for ratios within one run.
 """
 
 from __future__ import annotations
@@ -84,11 +86,12 @@ def seed(settings: Settings, namespace: str, count: int) -> str:
 
 
 @contextlib.contextmanager
-def process(folder: Path, environ: dict[str, str], *command: str) -> Iterator[None]:
+def process(folder: Path, environ: dict[str, str], *command: str) -> Iterator[int]:
+    """A process, which is ended at the end; its number."""
     with (folder / "log").open("ab") as log:
         started = subprocess.Popen([sys.executable, *command], cwd=folder, env=environ, stdout=log, stderr=log)
     try:
-        yield
+        yield started.pid
     finally:
         started.send_signal(signal.SIGTERM)
         started.wait(60)
@@ -192,14 +195,14 @@ def look(port: int, count: int) -> None:
 
 
 @contextlib.contextmanager
-def open_dashboards(port: int, count: int) -> Iterator[None]:
-    """So many of them, in a process of their own."""
+def open_dashboards(port: int, count: int) -> Iterator[int]:
+    """So many of them, in a process of their own; its number."""
     command = [sys.executable, __file__, "--look", str(port), "--open", str(count)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as looking:
         assert looking.stdout is not None
         assert looking.stdout.readline() == b"open\n"
         try:
-            yield
+            yield looking.pid
         finally:
             assert looking.poll() is None
             looking.kill()
@@ -214,27 +217,44 @@ def time_drains(kind: str, jobs: int, rounds: int, count: int) -> dict[str, Any]
         client = redis.Redis.from_url(url)
         port = free_port()
         rates: dict[str, list[float]] = {"alone": [], "watched": []}
-        with serving(Path(name), kind, url, system.mlq.name, port):
+        shares: list[float] = []
+        with serving(Path(name), kind, url, system.mlq.name, port) as web:
             for number in range(rounds):
                 for which in ("alone", "watched") if number % 2 == 0 else ("watched", "alone"):
-                    with open_dashboards(port, count) if which == "watched" else contextlib.nullcontext():
+                    if which == "alone":
                         rates[which].append(bench.drain(system, client, jobs, 2, 8)["drain"])
+                        continue
+                    with open_dashboards(port, count) as looking:
+                        begun, before = time.perf_counter(), processor_seconds(web) + processor_seconds(looking)
+                        rates[which].append(bench.drain(system, client, jobs, 2, 8)["drain"])
+                        took = processor_seconds(web) + processor_seconds(looking) - before
+                        shares.append(took / (time.perf_counter() - begun) / (os.cpu_count() or 1))
         system.mlq.close()
     ratio = statistics.median(rates["alone"]) / statistics.median(rates["watched"])
-    return {"jobs": jobs, "open": count, "server": kind, "ratio": round(ratio, 3), **rates}
+    share = round(statistics.median(shares), 4)
+    return {"jobs": jobs, "open": count, "server": kind, "ratio": round(ratio, 3), "share": share, **rates}
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time that a process and its children have taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own + sum(processor_seconds(int(child)) for child in children)
 
 
 @contextlib.contextmanager
-def serving(folder: Path, kind: str, url: str, namespace: str, port: int) -> Iterator[None]:
-    """The web server."""
+def serving(folder: Path, kind: str, url: str, namespace: str, port: int) -> Iterator[int]:
+    """The web server; the number of its process."""
     (folder / "wsgi.py").write_text(WSGI)
     kept = {key: text for key, text in os.environ.items() if not key.startswith(("MLQUEUE_", "REDIS_URL"))}
     environ = kept | {"MLQUEUE_URL": url, "MLQUEUE_NAMESPACE": namespace, "PYTHONPATH": str(HERE.parent)}
     server = ["-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--keep-alive", "60", "--graceful-timeout", "1"]
     server += ["--threads", "8"] if kind == "gthread" else ["--worker-class", "gevent"]
-    with process(folder, environ, *server, "--worker-tmp-dir", str(folder), "--no-control-socket", "wsgi:create_app()"):
+    server += ["--worker-tmp-dir", str(folder), "--no-control-socket", "wsgi:create_app()"]
+    with process(folder, environ, *server) as pid:
         wait_for(port)
-        yield
+        yield pid
 
 
 def main() -> None:
@@ -264,6 +284,7 @@ def main() -> None:
     if "drain" in chosen.only:
         found["drain"] = drain = time_drains(chosen.server, chosen.drain, chosen.drains, chosen.open)
         print(f"drain of {chosen.drain:,}: x{drain['ratio']:.3f} with {chosen.open} dashboards open ({chosen.server})")
+        print(f"  they and the web server took {drain['share']:.1%} of the processors meanwhile")
         for which in ("alone", "watched"):
             print(f"  {which}: {', '.join(f'{rate:,.0f}' for rate in drain[which])} jobs/s")
     if chosen.json:
