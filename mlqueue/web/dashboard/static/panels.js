@@ -78,7 +78,7 @@ function newCurve(name) {
   const caption = document.createElement("figcaption");
   caption.append(Object.assign(document.createElement("span"), { className: "name", textContent: name }));
   const value = Object.assign(document.createElement("span"), { className: "value" });
-  value.append(Object.assign(document.createElement("span"), { className: "range" }), " ", document.createElement("b"));
+  value.append(document.createElement("b"));
   caption.append(value);
   const frame = Object.assign(document.createElement("div"), { className: "frame" });
   frame.dataset.steps = "";
@@ -94,7 +94,7 @@ function newCurve(name) {
   }
   frame.append(svg);
   const axis = Object.assign(document.createElement("p"), { className: "axis" });
-  axis.append(document.createElement("span"), document.createElement("span"));
+  for (let part = 0; part < 3; part += 1) axis.append(document.createElement("span"));
   figure.append(caption, frame, axis);
   return figure;
 }
@@ -115,11 +115,9 @@ function drawCurve(figure, all) {
   frame.dataset.span = String(span);
   const newest = short(ys[ys.length - 1]);
   figure.querySelector("b").textContent = newest;
-  figure.querySelector(".range").textContent = `${short(low)} – ${short(high)}`;
   figure.querySelector("svg").setAttribute("aria-label", `${figure.dataset.name}, ${all.length} points; now ${newest}`);
-  const [from, to] = figure.querySelectorAll(".axis span");
-  from.textContent = String(first);
-  to.textContent = String(last);
+  const told = [String(first), `from ${short(low)} to ${short(high)}`, String(last)];
+  figure.querySelectorAll(".axis span").forEach((part, index) => { part.textContent = told[index]; });
 }
 
 function short(value) {
