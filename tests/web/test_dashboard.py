@@ -568,6 +568,8 @@ def test_one_signs_in_with_a_key_and_out_again(mlq: MLQ, keys: ApiKeys) -> None:
         ("submit,read", "/queues", {"act": "pause", "queue": "q"}, False),
         ("submit,read", "/dead/letters", {"act": "requeue"}, False),
         ("submit,read", "/workers", {"act": "stop", "worker": "w"}, False),
+        ("submit,read", "/limits", {"act": "set", "limit": "gpu", "capacity": "1"}, False),
+        ("admin", "/limits", {"act": "set", "limit": "gpu", "capacity": "1"}, True),
         ("admin", "/queues", {"act": "pause", "queue": "q"}, True),
     ],
 )
@@ -623,7 +625,8 @@ def test_nothing_is_changed_by_a_get(mlq: MLQ, visitor: Visitor) -> None:
 def test_a_read_only_dashboard_changes_nothing_and_offers_nothing(mlq: MLQ) -> None:
     visitor = Visitor(hosting(mlq, allow_anonymous=True, read_only=True))
     job = mlq.submit("a")
-    for path in ("/", "/jobs", f"/jobs/{job.id}", "/queues", "/workers", "/dead"):
+    mlq.limits.set("gpu", 1)
+    for path in ("/", "/jobs", f"/jobs/{job.id}", "/queues", "/workers", "/dead", "/limits"):
         assert 'method="post"' not in visitor.page(path)
     answer = visitor.post(f"/jobs/{job.id}/cancel")
     assert 403 == answer.status_code
