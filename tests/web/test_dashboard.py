@@ -204,7 +204,7 @@ def test_a_job_says_why_it_waits(mlq: MLQ, visitor: Visitor, start_worker: Start
 
     mlq.store.pause("q", "ann")
     start_worker()
-    eventually(lambda: any("a" in worker.info.get("actors", ()) for worker in mlq.store.workers()))
+    eventually(lambda: any("q" in worker.info.get("queues", ()) for worker in mlq.store.workers()))
     for job in (first, second):
         assert "It waits: queue q is paused by ann since" in visitor.page(f"/jobs/{job.id}")
     mlq.store.resume("q")
