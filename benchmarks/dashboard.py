@@ -1,10 +1,14 @@
 """How fast the pages of the dashboard are with many jobs, as a ratio to GET /healthz, and what open ones cost a drain.
 
-    python benchmarks/dashboard.py [--jobs 100000] [--rounds 40] [--open 50] [--drain 20000] [--json FILE]
+    python benchmarks/dashboard.py [--only pages,drain] [--jobs 100000] [--rounds 40] [--open 50] [--json FILE]
 
-gunicorn, one gthread worker of eight threads, on loopback with a connection that is kept; requests are interleaved and
-medians taken. The open dashboards ask for the overview every two seconds, as their script does, from this machine: what
-they take of its processors counts as theirs. Figures are good for ratios within one run.
+gunicorn with one worker process on loopback: eight threads (gthread), or gevent with `--server gevent`. Pages are asked
+for over a connection that is kept, interleaved, and medians taken. The drain is that of benchmarks/queue.py, its own
+function, alone and with so many overviews open, in turn; these do as their script does: they follow the overview as a
+stream, and where there is none to be had they ask for it every two seconds. They run on this machine: what they take of
+its processors counts as theirs. How much that is, with the web server's, is told too: where a drain keeps all
+processors busy it takes longer by that part, which unlike its time does not depend on what else the machine does.
+Figures are good for ratios within one run.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path or "."
 import argparse
 import contextlib
 import http.client
+import importlib
 import json
 import logging
 import os
@@ -34,6 +39,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import dramatiq
+import redis
 
 from mlqueue import MLQ, Settings
 from mlqueue.testing import temporary_server
@@ -50,18 +56,7 @@ def create_app():
     return app
 """
 
-JOBS = """
-import mlqueue
-
-mlq = mlqueue.MLQ()
-
-
-@mlq.actor(queue_name="drain")
-def nothing() -> None:
-    pass
-"""
-
-#: How often an open dashboard asks, in seconds.
+#: How often an open dashboard asks where it has no stream, in seconds.
 EVERY = 2.0
 
 
@@ -91,11 +86,12 @@ def seed(settings: Settings, namespace: str, count: int) -> str:
 
 
 @contextlib.contextmanager
-def process(folder: Path, environ: dict[str, str], *command: str) -> Iterator[None]:
+def process(folder: Path, environ: dict[str, str], *command: str) -> Iterator[int]:
+    """A process, which is ended at the end; its number."""
     with (folder / "log").open("ab") as log:
         started = subprocess.Popen([sys.executable, *command], cwd=folder, env=environ, stdout=log, stderr=log)
     try:
-        yield
+        yield started.pid
     finally:
         started.send_signal(signal.SIGTERM)
         started.wait(60)
@@ -126,9 +122,16 @@ def time_pages(port: int, job_id: str, rounds: int) -> dict[str, dict[str, float
         "jobs, dead": "/ui/jobs?state=dead",
         "jobs, tag": "/ui/jobs?tag=old",
         "jobs, text": "/ui/jobs?text=nowhere",
+        "jobs, actor and age": "/ui/jobs?actor=work&since=1d",
         "job": f"/ui/jobs/{job_id}",
         "dead letters": "/ui/dead",
+        "dead letters, text": "/ui/dead?text=nowhere",
+        "dead, one by one": "/ui/dead/letters",
         "queues": "/ui/queues",
+        "workers": "/ui/workers",
+        "limits": "/ui/limits",
+        "functions": "/ui/functions",
+        "callbacks": "/ui/callbacks",
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     times: dict[str, list[float]] = {name: [] for name in paths}
@@ -152,90 +155,138 @@ def time_pages(port: int, job_id: str, rounds: int) -> dict[str, dict[str, float
     }
 
 
-def time_drain(mlq: MLQ, count: int) -> float:
-    """How long the workers take for so many jobs that wait, in seconds."""
-    mlq.store.pause("drain")
-    waiting: list[Any] = [() for _ in range(count)]
-    for start in range(0, count, 1000):
-        mlq.broker.enqueue_many(
-            [
-                dramatiq.Message(queue_name="drain", actor_name="nothing", args=(), kwargs={}, options={})
-                for _ in waiting[start : start + 1000]
-            ]
-        )
-    begun = time.perf_counter()
-    mlq.store.resume("drain")
-    while any(item.number for item in mlq.store.counts() if item.queue == "drain" and not item.state.ended):
-        time.sleep(0.02)
-    return time.perf_counter() - begun
+# Open dashboards
+
+
+def look(port: int, count: int) -> None:
+    """Has so many overviews open until it is ended; says so when each has been sent the page."""
+    begun = threading.Semaphore(0)
+
+    def open_one(number: int) -> None:
+        time.sleep(EVERY * number / count)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/ui/", headers={"Accept": "text/event-stream"})
+        answer = connection.getresponse()
+        if answer.status == 200:
+            while not answer.readline().startswith(b"data:"):
+                pass
+            begun.release()
+            while answer.readline():
+                pass
+            raise ConnectionError("a stream has ended")
+        answer.read()
+        headers = {"X-MLQueue-Again": "1"}
+        while True:
+            connection.request("GET", "/ui/", headers=headers)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status in (200, 304), answer.status
+            if "If-None-Match" not in headers:
+                begun.release()
+            headers["If-None-Match"] = answer.headers["ETag"]
+            time.sleep(EVERY)
+
+    for number in range(count):
+        threading.Thread(target=open_one, args=(number,), daemon=True).start()
+    for _ in range(count):
+        begun.acquire()
+    print("open", flush=True)
+    signal.pause()
 
 
 @contextlib.contextmanager
-def open_dashboards(port: int, count: int) -> Iterator[None]:
-    over = threading.Event()
+def open_dashboards(port: int, count: int) -> Iterator[int]:
+    """So many of them, in a process of their own; its number."""
+    command = [sys.executable, __file__, "--look", str(port), "--open", str(count)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as looking:
+        assert looking.stdout is not None
+        assert looking.stdout.readline() == b"open\n"
+        try:
+            yield looking.pid
+        finally:
+            assert looking.poll() is None
+            looking.kill()
 
-    def look(number: int) -> None:
-        over.wait(EVERY * number / count)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        while not over.is_set():
-            get(connection, "/ui/")
-            over.wait(EVERY)
-        connection.close()
 
-    threads = [threading.Thread(target=look, args=(number,), daemon=True) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
+def time_drains(kind: str, jobs: int, rounds: int, count: int) -> dict[str, Any]:
+    """How much longer the drain of benchmarks/queue.py takes with so many overviews open."""
+    bench = importlib.import_module("benchmarks.queue")
+    with bench.server() as url, tempfile.TemporaryDirectory(prefix="mlq-bench-") as name:
+        os.environ["BENCH_URL"] = url
+        system = importlib.import_module("benchmarks.systems.ours")
+        client = redis.Redis.from_url(url)
+        port = free_port()
+        rates: dict[str, list[float]] = {"alone": [], "watched": []}
+        shares: list[float] = []
+        with serving(Path(name), kind, url, system.mlq.name, port) as web:
+            for number in range(rounds):
+                for which in ("alone", "watched") if number % 2 == 0 else ("watched", "alone"):
+                    if which == "alone":
+                        rates[which].append(bench.drain(system, client, jobs, 2, 8)["drain"])
+                        continue
+                    with open_dashboards(port, count) as looking:
+                        begun, before = time.perf_counter(), processor_seconds(web) + processor_seconds(looking)
+                        rates[which].append(bench.drain(system, client, jobs, 2, 8)["drain"])
+                        took = processor_seconds(web) + processor_seconds(looking) - before
+                        shares.append(took / (time.perf_counter() - begun) / (os.cpu_count() or 1))
+        system.mlq.close()
+    ratio = statistics.median(rates["alone"]) / statistics.median(rates["watched"])
+    share = round(statistics.median(shares), 4)
+    return {"jobs": jobs, "open": count, "server": kind, "ratio": round(ratio, 3), "share": share, **rates}
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time that a process and its children have taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return own + sum(processor_seconds(int(child)) for child in children)
+
+
+@contextlib.contextmanager
+def serving(folder: Path, kind: str, url: str, namespace: str, port: int) -> Iterator[int]:
+    """The web server; the number of its process."""
+    (folder / "wsgi.py").write_text(WSGI)
+    kept = {key: text for key, text in os.environ.items() if not key.startswith(("MLQUEUE_", "REDIS_URL"))}
+    environ = kept | {"MLQUEUE_URL": url, "MLQUEUE_NAMESPACE": namespace, "PYTHONPATH": str(HERE.parent)}
+    server = ["-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--keep-alive", "60", "--graceful-timeout", "1"]
+    server += ["--threads", "8"] if kind == "gthread" else ["--worker-class", "gevent"]
+    server += ["--worker-tmp-dir", str(folder), "--no-control-socket", "wsgi:create_app()"]
+    with process(folder, environ, *server) as pid:
+        wait_for(port)
+        yield pid
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="pages,drain")
+    parser.add_argument("--server", choices=("gthread", "gevent"), default="gthread")
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--open", type=int, default=50)
-    parser.add_argument("--drain", type=int, default=20_000)
-    parser.add_argument("--drains", type=int, default=3)
+    parser.add_argument("--drain", type=int, default=20_000, help="jobs of each drain")
+    parser.add_argument("--drains", type=int, default=5, help="drains of each kind")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--look", type=int, metavar="PORT", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.look is not None:
+        look(chosen.look, chosen.open)
     logging.disable(logging.CRITICAL)
-    namespace, port = "bench", free_port()
-    with temporary_server() as settings, tempfile.TemporaryDirectory(prefix="mlq-bench-") as name:
-        folder = Path(name)
-        (folder / "wsgi.py").write_text(WSGI)
-        (folder / "jobs.py").write_text(JOBS)
-        job_id = seed(settings, namespace, chosen.jobs)
-        kept = {key: text for key, text in os.environ.items() if not key.startswith(("MLQUEUE_", "REDIS_URL"))}
-        environ = kept | {
-            "MLQUEUE_URL": str(settings.url),
-            "MLQUEUE_NAMESPACE": namespace,
-            "PYTHONPATH": str(HERE.parent),
-        }
-        server = ("-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--threads", "8", "--keep-alive", "60")
-        with process(folder, environ, *server, "--worker-tmp-dir", name, "--no-control-socket", "wsgi:create_app()"):
-            mlq = MLQ(namespace, settings=settings)
-            wait_for(port)
-            found: dict[str, Any] = {"jobs": chosen.jobs, "pages": time_pages(port, job_id, chosen.rounds)}
-            for page, numbers in found["pages"].items():
-                print(f"{page:<14} {numbers['ms']:>8.2f} ms  x{numbers['ratio']:<6} {numbers['bytes']:>8,} bytes")
-            worker = ("-m", "mlqueue", "worker", "jobs", "--processes", "1", "--threads", "4", "--queues", "drain")
-            if chosen.drain:
-                with process(folder, environ, *worker):
-                    time_drain(mlq, 2000)
-                    alone, watched = [], []
-                    for _ in range(chosen.drains):
-                        alone.append(time_drain(mlq, chosen.drain))
-                        with open_dashboards(port, chosen.open):
-                            time.sleep(1)
-                            watched.append(time_drain(mlq, chosen.drain))
-                    ratio = statistics.median(watched) / statistics.median(alone)
-                    found["drain"] = {"alone": alone, "watched": watched, "open": chosen.open, "ratio": round(ratio, 3)}
-                    print(f"drain of {chosen.drain:,}: x{ratio:.3f} with {chosen.open} dashboards open", alone, watched)
-            mlq.close()
+    found: dict[str, Any] = {"jobs": chosen.jobs}
+    if "pages" in chosen.only:
+        port = free_port()
+        with temporary_server() as settings, tempfile.TemporaryDirectory(prefix="mlq-bench-") as name:
+            job_id = seed(settings, "bench", chosen.jobs)
+            with serving(Path(name), chosen.server, str(settings.url), "bench", port):
+                found["pages"] = time_pages(port, job_id, chosen.rounds)
+        for page, numbers in found["pages"].items():
+            print(f"{page:<20} {numbers['ms']:>8.2f} ms  x{numbers['ratio']:<6} {numbers['bytes']:>8,} bytes")
+    if "drain" in chosen.only:
+        found["drain"] = drain = time_drains(chosen.server, chosen.drain, chosen.drains, chosen.open)
+        print(f"drain of {chosen.drain:,}: x{drain['ratio']:.3f} with {chosen.open} dashboards open ({chosen.server})")
+        print(f"  they and the web server took {drain['share']:.1%} of the processors meanwhile")
+        for which in ("alone", "watched"):
+            print(f"  {which}: {', '.join(f'{rate:,.0f}' for rate in drain[which])} jobs/s")
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -43,6 +43,11 @@ class Queue:
         return self.counts.get(State.QUEUED, 0)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in it, and nothing to be said of it."""
+        return self.paused is None and not any(self.counts.values())
+
+    @property
     def is_deserted(self) -> bool:
         """Whether jobs wait, and nobody will run them."""
         return self.workers == 0 and bool(self.waiting + self.counts.get(State.SCHEDULED, 0))

@@ -23,7 +23,8 @@ class Why:
 
     job_id: str
     #: ``ended``, ``running``, ``scheduled``; of one that is queued ``no_worker`` (serves its queue), ``unknown_actor``
-    #: (to those who do), ``limit``, ``alone`` (it is to run alone), ``behind`` (others come first) or ``next``.
+    #: (to those who do), ``paused`` (its queue is), ``limit``, ``alone`` (it is to run alone), ``behind`` (others come
+    #: first) or ``next``.
     reason: str
     #: The sentence.
     text: str
@@ -71,6 +72,11 @@ def _queued(store: Store, record: JobRecord) -> Why:
     missing = [name for name in record.functions if not any(_has(worker, name) for worker in knowing)]
     if missing:
         return _why(record, "unknown_actor", f"waits for a worker that has the function {missing[0]}; none has")
+    paused = store.paused().get(record.queue)
+    if paused is not None:
+        by = f" by {paused.who}" if paused.who else ""
+        text = f"waits: queue {record.queue} is paused{by} since {_ago(store, paused.since)}"
+        return _why(record, "paused", text)
     lacking = store.lacking(record.id)
     if lacking:
         return _limited(store, record, *lacking[0])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support import StartWorker, eventually
 from worker_processes import Site, is_alive, wait_for
 
 from mlqueue import MLQ, Settings, State, codec
+from mlqueue.job import NewJob
 from mlqueue.overview import read_now, troubles
 from mlqueue.processes import _seconds, usage
 from mlqueue.store.store import MOST_ACTS
@@ -26,6 +28,68 @@ def site(tmp_path: Path, server: Settings) -> Iterator[Site]:
     site = Site(tmp_path, server, lease=1.5, sweep_interval=0.2, drain=1.0)
     yield site
     site.close()
+
+
+# What is read for pages
+
+
+def test_who_waits_for_a_limit_is_told(mlq: MLQ, start_worker: StartWorker) -> None:
+    gate = threading.Event()
+
+    @mlq.actor(resources={"gpu": 1})
+    def train() -> None:
+        gate.wait(10)
+
+    @mlq.actor(concurrency=1)
+    def load() -> None:
+        gate.wait(10)
+
+    assert {} == mlq.store.parked()
+    jobs = [train.submit() for _ in range(3)] + [load.submit(concurrency_key="a") for _ in range(2)]
+    start_worker(threads=8)
+    eventually(lambda: len(mlq.store.parked()) == 2)
+    expected = {"gpu": [("default", "train", 2, jobs[1].id)], "@load/a": [("default", "load", 1, jobs[4].id)]}
+    assert expected == mlq.store.parked()
+    gate.set()
+    for job in jobs:
+        job.result(10)
+    assert {} == mlq.store.parked()
+
+
+def test_what_jobs_died_of_and_what_there_is_to_search_in_them_is_bounded(mlq: MLQ, start_worker: StartWorker) -> None:
+    @mlq.actor(max_retries=0)
+    def fails(text: str) -> None:
+        raise ValueError(text)
+
+    job, waiting = fails.submit("é" * 5000), mlq.submit("nobody", "needle")
+    start_worker()
+    eventually(lambda: job.state is State.DEAD)
+    died, other, none = mlq.store.died([job.id, waiting.id, "gone"], 100)
+    assert died is not None
+    assert ("fails", "failed", "builtins.ValueError", "é" * 50) == (
+        died.actor,
+        died.reason,
+        died.error.type,
+        died.error.message,
+    )
+    assert (None, None) == (other, none)
+    assert died.at == mlq.store.record(job.id).finished_at
+    large, small, none = mlq.store.texts([job.id, waiting.id, "gone"], 1000, 7)
+    assert large is not None
+    assert small is not None
+    assert (b"", "ééé\ufffd") == (large[0], large[1].message)
+    assert b"needle" in small[0]
+    assert None is none
+
+
+def test_a_job_knows_the_latest_of_those_that_it_submitted(mlq: MLQ) -> None:
+    parent = mlq.submit("a")
+    ids = [f"child-{number}" for number in range(1005)]
+    mlq.store.submit([NewJob(id=one, queue="default", actor="b", body=b"", parent=parent.id) for one in ids])
+    mlq.store.submit([NewJob(id=ids[0], queue="default", actor="b", body=b"", parent=parent.id)])  # it is there
+    assert ([ids[-1], ids[-2]], 1000) == mlq.store.children(parent.id, 2)
+    mlq.store.submit([NewJob(id="orphan", queue="default", actor="b", body=b"", parent="gone")])
+    assert 0 == mlq.client.exists(f"{mlq.store.root}:ch:gone")
 
 
 # How it fared

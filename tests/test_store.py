@@ -923,7 +923,7 @@ def script_names() -> list[str]:
 
 
 READERS = {"astray", "count", "dead", "events", "functions", "limits", "list", "oldest", "read", "shown", "standing"}
-READERS |= {"waiting", "why", "workers"}
+READERS |= {"died", "parked", "texts", "waiting", "why", "workers"}
 ON_A_FULL_SERVER = {
     "await",
     "beat",

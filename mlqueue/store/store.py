@@ -30,7 +30,7 @@ from ..errors import (
     Unauthorized,
     WaitCycle,
 )
-from ..job import JobError, JobRecord, NewJob, Result, State
+from ..job import DeadReason, JobError, JobRecord, NewJob, Result, State
 from ..settings import Settings
 from .chunks import CHUNK, CHUNK_TTL, BodyReference, Chunks
 from .connection import Connector
@@ -905,6 +905,13 @@ class Store:
             means={unquote(name): total / number / 1000 for name, total, number in triples if number},
         )
 
+    def children(self, job_id: str, limit: int = 50) -> tuple[list[str], int]:
+        """The ids of the latest jobs that a job has submitted, newest first, and how many of them are known: at most
+        1,000. Some may be forgotten."""
+        key = f"{self.root}:ch:{job_id}"
+        latest = self.connector.execute("LRANGE", key, -limit, -1)
+        return [child.decode() for child in reversed(latest)], int(self.connector.execute("LLEN", key))
+
     def body(self, job_id: str) -> bytes:
         """The arguments and options of a job, encoded, or a reference to them (see `whole_body`)."""
         item = self._run("read", "b", job_id)[0]
@@ -948,6 +955,33 @@ class Store:
         )
         places = [DeadPlace(int(died), one.decode()) for one, died in zip(found[::2], found[1::2], strict=True)]
         return places, DeadPlace(int(at), job_id.decode()) if at else None
+
+    def died(self, job_ids: Sequence[str], most: int = 400) -> list[Died | None]:
+        """What jobs died of, at a fraction of the cost of their records; None for each that is not dead. Of a message
+        the first `most` bytes."""
+        answer = self._run("died", most, *job_ids) if job_ids else []
+        return [
+            item
+            and Died(
+                actor=unquote(item[0]),
+                reason=DeadReason(item[1].decode() or DeadReason.FAILED),
+                at=item[2] / 1000,
+                error=JobError(type=item[3].decode(errors="replace"), message=item[4].decode(errors="replace")),
+            )
+            for item in answer
+        ]
+
+    def texts(
+        self, job_ids: Sequence[str], most_of_body: int, most_of_error: int
+    ) -> list[tuple[bytes, JobError] | None]:
+        """What there is to search in jobs beside their records: arguments and options, encoded, empty where they have
+        more than `most_of_body` bytes, and the first `most_of_error` bytes of the error without its traceback."""
+        answer = self._run("texts", most_of_body, most_of_error, *job_ids) if job_ids else []
+        return [
+            item
+            and (item[0], JobError(type=item[1].decode(errors="replace"), message=item[2].decode(errors="replace")))
+            for item in answer
+        ]
 
     def outcome(self, job_id: str) -> Outcome:
         """The state of a job and, when it has ended, what it ended with."""
@@ -1123,6 +1157,17 @@ class Store:
             )
             for name, capacity, source, held in self._run("limits")
         )
+
+    def parked(self, most: int = 50) -> dict[str, list[Parked]]:
+        """The jobs that wait for a limit, by its name: those of at most so many lanes. None is told of while no worker
+        has a free thread, since it is that which they wait for then."""
+        return {
+            unquote(name): [
+                Parked(unquote(queue), unquote(lane.partition(b"|")[0]), number, first.decode())
+                for queue, lane, number, first in lanes
+            ]
+            for name, lanes in self._run("parked", most)
+        }
 
     def lacking(self, job_id: str) -> list[tuple[str, int, int, dict[str, float]]]:
         """The limits that have no room for a job: name, how many slots it needs, how many there are, and the jobs that
@@ -1363,6 +1408,28 @@ class Paused(NamedTuple):
     since: float
     #: Who said so.
     who: str
+
+
+class Parked(NamedTuple):
+    """Jobs of one actor and queue that wait for a limit."""
+
+    queue: str
+    actor: str
+    #: How many they are.
+    number: int
+    #: The id of the one that comes first.
+    first: str
+
+
+class Died(NamedTuple):
+    """What a job died of."""
+
+    actor: str
+    reason: DeadReason
+    #: When; Unix seconds.
+    at: float
+    #: The error without its traceback, its message cut where it is long.
+    error: JobError
 
 
 class Moment(NamedTuple):

@@ -38,8 +38,8 @@ class Call:
         self.principal: Principal | None = None
         #: The key that he came with, where this process remembers it: the store is to look whether it is so still.
         self.unconfirmed: SeenKey | None = None
-        # What the prefix has between < and >: links have it too.
-        self._around = around
+        #: What the prefix has between < and >: links have it too.
+        self.around = around
 
     @property
     def mlq(self) -> MLQ:
@@ -51,12 +51,12 @@ class Call:
 
     def url(self, name: str, **values: Any) -> str:
         """The path of another operation of this mount."""
-        return url_for(f"{self.mount.name}.{name}", **{**self._around, **values})
+        return url_for(f"{self.mount.name}.{name}", **{**self.around, **values})
 
     @functools.cached_property
     def jobs_url(self) -> str:
         """The path of the jobs: that of one is this, a slash and its id, which needs no quoting."""
-        if self._around or current_app.url_default_functions:
+        if self.around or current_app.url_default_functions:
             return self.url("list_jobs")
         # Nothing but what the server has put in front of the app can change it.
         root = self.request.environ.get("SCRIPT_NAME", "")

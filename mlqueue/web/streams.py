@@ -92,13 +92,15 @@ class Streams:
 class Stream:
     """A stream, which servers iterate over and close. Without a reference to it, it is closed too."""
 
-    __slots__ = ("__weakref__", "_connection", "_listener", "_parts", "_streams")
+    __slots__ = ("__weakref__", "_connection", "_listener", "_parts", "_streams", "over")
 
     def __init__(self, streams: Streams, connection: Any) -> None:
         self._streams = streams
         self._connection = connection
         self._listener: Listener | None = None
         self._parts: Iterator[bytes] = iter(())
+        #: Set when it is ended from outside: for parts that wait for something else than a listener.
+        self.over = threading.Event()
 
     def listen(self, hub: Hub, job_id: str | None, wanted: Filter | None = None) -> Listener:
         """Begins to listen; the listener is closed with the stream."""
@@ -144,6 +146,7 @@ class Stream:
 
     def end(self) -> None:
         """Ends it from outside: who sends it stops waiting."""
+        self.over.set()
         if self._listener is not None:
             self._listener.close()
             self._listener.cut()

@@ -28,7 +28,7 @@ from mlqueue.web import create_dashboard
 
 #: What the workers run.
 MODULE = '''
-import os, signal, struct, time, zlib
+import logging, os, signal, struct, time, zlib
 import numpy as np
 import mlqueue
 
@@ -52,11 +52,19 @@ def train(learning_rate: float = 0.01, epochs: int = 20, seconds: float = 20.0) 
 
     Progress is told after each epoch."""
     job = mlqueue.current_job()
-    done = job.load_checkpoint() or 0
-    for epoch in range(done, epochs):
+    rng = np.random.default_rng(3)
+    state = job.load_checkpoint() or {{"epoch": 0, "best": None}}
+    print(f"training on 50,000 images, learning rate {{learning_rate}}")
+    for epoch in range(state["epoch"], epochs):
         time.sleep(seconds / epochs)
-        job.save_checkpoint(epoch + 1)
-        job.progress(100 * (epoch + 1) / epochs, f"epoch {{epoch + 1}} of {{epochs}}, loss {{2.3 * 0.9 ** epoch:.3f}}")
+        loss = 2.3 * 0.93 ** epoch * (1 + 0.08 * rng.normal())
+        accuracy = 1 - 0.9 * 0.94 ** epoch
+        job.log_metrics(epoch + 1, loss=loss, accuracy=accuracy, learning_rate=learning_rate * 0.97 ** epoch)
+        job.save_checkpoint({{"epoch": epoch + 1, "best": round(accuracy, 4)}})
+        job.progress(100 * (epoch + 1) / epochs, f"epoch {{epoch + 1}} of {{epochs}}, loss {{loss:.3f}}")
+        print(f"epoch {{epoch + 1}}: loss {{loss:.4f}}, accuracy {{accuracy:.4f}}")
+        if epoch % 9 == 7:
+            logging.getLogger("train").warning("loss has not fallen for 3 steps, halving the step")
         if job.cancelled:
             break
     return f"accuracy {{1 - 0.4 * 0.9 ** epochs:.3f}}"
@@ -98,6 +106,22 @@ def echo(value: str = "") -> str:
     return value
 
 
+@mlq.actor(max_retries=0)
+def sweep(values: list) -> list:
+    """Submits a job for each value."""
+    return [echo.submit(str(value)).id for value in values]
+
+
+@mlq.actor(max_retries=0, http=True, queue_name="gpus", resources={{"gpu": 1}})
+def fine_tune(model: str = "vit-b16", seconds: float = 30.0) -> str:
+    """Fine-tunes a model, on a GPU."""
+    job, begun = mlqueue.current_job(), time.monotonic()
+    while (gone := time.monotonic() - begun) < seconds and not job.cancelled:
+        job.progress(100 * gone / seconds, "on gpu " + ", ".join(map(str, job.slots["gpu"])))
+        time.sleep(0.2)
+    return model
+
+
 @mlq.actor(max_retries=0, http=True, queue_name="side")
 def steps(seconds: float = 5.0) -> str:
     """Tells its progress often."""
@@ -120,11 +144,18 @@ def fails(number: int) -> None:
 
 @mlq.actor(max_retries=0)
 def carries(text: str, fail: bool = True, more: object = None) -> object:
-    mlqueue.current_job().progress(text, text[:200])
+    job = mlqueue.current_job()
+    job.progress(text, text[:200])
+    job.log_metrics(1, **{{text[:100]: 1.0}})
+    print(text)
+    logging.getLogger(text).error(text)
     if fail:
         raise ValueError(text)
     return more
 '''
+
+#: What posted functions are signed with.
+KEY = "the-signing-key-of-these-pages"
 
 #: Where the dashboard stands.
 PREFIX = "/dashboard"
@@ -178,7 +209,7 @@ def looking(settings: Settings, namespace: str = "", **worker: Any) -> Iterator[
     """All of it, with workers that serve every queue."""
     with tempfile.TemporaryDirectory(prefix="mlq-look-") as folder:
         named = {"namespace": namespace} if namespace else {}
-        site = Site(Path(folder), settings, lease=2.0, sweep_interval=0.3, drain=2.0, **named)
+        site = Site(Path(folder), settings, lease=2.0, sweep_interval=0.3, drain=2.0, signing_key=KEY, **named)
         (Path(folder) / "jobs.py").write_text(MODULE.format(namespace=site.namespace))
         try:
             supervised = site.supervise(**{"processes": 2, "threads": 6, **worker})
@@ -213,6 +244,18 @@ def fill(mlq: MLQ) -> dict[str, str]:
     ids["crash"] = submit("leaky", 2.0, max_crashes=1)
     eventually(lambda: mlq.store.record(ids["crash"]).state is State.DEAD, 30)
     eventually(lambda: mlq.store.record(ids["fetch"]).state is State.DEAD, 30)
+    ids["sweep"] = submit("sweep", [0.1, 0.03, 0.01], tags=["nightly"])
+    mlq.limits.set("gpu", 1)
+    mlq.limits.set("licence", 4)
+    ids["holder"] = submit("fine_tune", "vit-b16", 600.0)
+    eventually(lambda: mlq.store.record(ids["holder"]).state is State.RUNNING, 30)
+    ids["parked"] = submit("fine_tune", "vit-l14", 600.0)
+    submit("fine_tune", "convnext", 600.0)
+    eventually(lambda: mlq.store.parked().get("gpu"), 30)
+    mlq.register_function(lambda msg, utils: msg, "caption")
+    # Of a module that the workers do not have.
+    mlq.register_function(eventually, "segment")
+    eventually(lambda: any(one.error for one in mlq.functions()), 30)
     ids["callback"] = submit("echo", "done", callback="http://127.0.0.1:9/done")
     for actor in ("embed", "echo"):
         ids["scheduled"] = submit(actor, "later", delay=3600)
@@ -262,11 +305,14 @@ PAGES = {
     "job-json": "/jobs/{json}",
     "job-dead": "/jobs/{fetch}",
     "job-queued": "/jobs/{deserted}",
+    "job-waits": "/jobs/{parked}",
     "dead": "/dead",
     "dead-letters": "/dead/letters?actor=embed",
     "dead-letter": "/dead/{empty}",
     "workers": "/workers",
     "queues": "/queues",
+    "limits": "/limits",
+    "functions": "/functions",
     "callbacks": "/callbacks",
     "submit": "/actors",
     "submit-train": "/actors/train",
@@ -275,7 +321,7 @@ PAGES = {
 
 
 #: Takes the folders of this machine out of tracebacks.
-HOMELESS = r"""document.querySelectorAll("pre").forEach(pre => {
+HOMELESS = r"""document.querySelectorAll("pre:not(.log)").forEach(pre => {
   pre.textContent = pre.textContent.replace(/"\/[^"]*\/([^"\/]+\/[^"\/]+)"/g, '"$1"').replace(/mlq-look-\w+\//g, "");
 })"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,11 @@ from support import StartWorker, eventually
 from mlqueue import MLQ, Result, Settings, State, web
 from mlqueue.errors import SettingsError
 from mlqueue.keys import ApiKeys
+from mlqueue.web.dashboard import blueprint as dashboard
+from mlqueue.web.dashboard import dead as dead_page
+from mlqueue.web.dashboard import job as job_page
+from mlqueue.web.dashboard import jobs as jobs_page
+from mlqueue.web.dashboard import mount
 from mlqueue.web.dashboard.visit import POLICY
 
 PREFIX = "/ui"
@@ -81,7 +87,10 @@ def dies(mlq: MLQ, start_worker: StartWorker, *texts: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/jobs", "/dead", "/dead/letters", "/workers", "/queues", "/callbacks", "/actors", "/acts"],
+    [
+        *("/", "/jobs", "/dead", "/dead/letters", "/workers", "/queues", "/limits", "/functions", "/callbacks"),
+        *("/actors", "/acts"),
+    ],
 )
 def test_each_page_is_there_when_there_is_nothing(visitor: Visitor, path: str) -> None:
     answer = visitor.get(path)
@@ -150,10 +159,15 @@ def test_children_are_found_by_their_parent(mlq: MLQ, visitor: Visitor, start_wo
     job = parent.submit()
     start_worker()
     made = job.result(10)
-    path = re.search(r'href="([^"]+)">Find jobs that it submitted', visitor.page(f"/jobs/{job.id}"))
-    assert path is not None
-    assert made in visitor.page(path[1].removeprefix(PREFIX).replace("&amp;", "&"))
+    for path in (f"/jobs/{job.id}", f"/jobs?text=parent:{job.id}"):
+        assert f'title="{made}"' in visitor.page(path)
     assert f'title="{job.id}"' in visitor.page(f"/jobs/{made}")
+    # Whoever is forgotten forgets whom it submitted; and one that was forgotten is not shown.
+    mlq.store.remove([made])
+    assert f'title="{made}"' not in visitor.page(f"/jobs/{job.id}")
+    assert ([made], 1) == mlq.store.children(job.id)
+    mlq.store.remove([job.id])
+    assert ([], 0) == mlq.store.children(job.id)
 
 
 def test_a_job_shows_what_it_was_given_and_what_it_gave(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:
@@ -179,14 +193,182 @@ def test_a_job_shows_what_it_was_given_and_what_it_gave(mlq: MLQ, visitor: Visit
     assert "image/png" == visitor.get(f"/jobs/{jobs[1].id}/result").content_type
 
 
-def test_a_job_says_why_it_waits(mlq: MLQ, visitor: Visitor) -> None:
+def test_a_job_says_why_it_waits(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:
     first, second = mlq.submit("a", queue_name="q"), mlq.submit("a", queue_name="q")
-    mlq.store.pause("q")
-    html = visitor.page(f"/jobs/{second.id}")
-    assert "The queue q is paused." in html
-    assert "No worker serves the queue q." in html
-    assert "1 job is ahead of it." in html
-    assert "is ahead of it" not in visitor.page(f"/jobs/{first.id}")
+    assert "It waits for a worker: none is alive; <code>mlqueue worker MODULE</code> starts some." in visitor.page(
+        f"/jobs/{first.id}"
+    )
+
+    @mlq.actor(queue_name="q")
+    def a() -> None: ...
+
+    mlq.store.pause("q", "ann")
+    start_worker()
+    eventually(lambda: any("q" in worker.info.get("queues", ()) for worker in mlq.store.workers()))
+    for job in (first, second):
+        assert "It waits: queue q is paused by ann since" in visitor.page(f"/jobs/{job.id}")
+    mlq.store.resume("q")
+    eventually(lambda: second.state is State.SUCCEEDED)
+    assert "Why it waits" not in visitor.page(f"/jobs/{second.id}")
+    assert "It should start in about 1 min." in visitor.page(f"/jobs/{mlq.submit('a', delay=60).id}")
+
+
+def test_large_arguments_are_not_fetched_for_a_page(
+    mlq: MLQ, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_page, "MOST_BYTES", 1000)
+    job = mlq.submit("a", "x" * 2000)
+    assert "too many to be shown here" in visitor.page(f"/jobs/{job.id}")
+
+
+def test_a_search_looks_at_some_and_offers_to_go_on(
+    mlq: MLQ, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs_page, "BATCH", 4)
+    monkeypatch.setattr(jobs_page, "LOOKS", 4)
+    found = mlq.submit("a", "the needle").id
+    for number in range(6):
+        mlq.submit("a", number)
+    html = visitor.page("/jobs?text=needle")
+    assert found not in html
+    assert "Looked at the newest 4 jobs; there are older ones." in html
+    older = re.search(r'rel="next" href="([^"]+)"', html)
+    assert older is not None
+    assert found in visitor.page(older[1].removeprefix(PREFIX).replace("&amp;", "&"))
+
+
+def test_dead_letters_are_looked_at_some_at_a_time_and_changed_all_at_once(
+    mlq: MLQ, visitor: Visitor, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dead_page, "LOOKS", 3)
+    ids = dies(mlq, start_worker, *[f"/data/{n}.csv" for n in range(5)])
+    html = visitor.page("/dead")
+    assert "Of 3 that died last, of 5 in all" in html
+    older = re.search(r'rel="next" href="([^"]+)"', html)
+    assert older is not None
+    assert ["2"] == re.findall(r'<span class="n">(\d+)</span>', visitor.page(older[1].removeprefix(PREFIX)))
+    assert 200 == visitor.get("/dead?text=nowhere").status_code
+    # One by one, of those with a text, too.
+    seen: list[str] = []
+    path: str | None = "/dead/letters?text=data"
+    while path:
+        html = visitor.page(path)
+        seen += re.findall(r'name="id" value="([^"]+)"', html)
+        older = re.search(r'rel="next" href="([^"]+)"', html)
+        path = older and older[1].removeprefix(PREFIX).replace("&amp;", "&")
+    assert sorted(ids) == sorted(seen)
+    pattern = re.search(r'name="pattern" value="([^"]*)"', visitor.page("/dead"))
+    assert pattern is not None
+    fields = {"actor": "read", "reason": "failed", "pattern": pattern[1], "act": "purge", "sure": "yes"}
+    assert "Forgotten: 5." in visitor.post("/dead", **fields).text
+
+
+def test_a_limit_is_set_and_unset(mlq: MLQ, visitor: Visitor) -> None:
+    assert "It has 3 slots now." in visitor.post("/limits", limit="gpu", act="set", capacity="3").text
+    html = visitor.page("/limits")
+    assert "0 of 3 slots in use" in html
+    assert "set by hand" in html
+    assert 422 == visitor.post("/limits", limit="gpu", act="set", capacity="-1").status_code
+    assert 422 == visitor.post("/limits", limit="gpu", act="set", capacity="many").status_code
+    visitor.post("/limits", limit="gpu", act="unset", capacity="3")
+    assert None is mlq.limits.get("gpu")
+    assert ["unset limit", "set limit"] == [act.act for act in mlq.store.acts()]
+
+
+# Pages that are followed
+
+
+def events(answer: Any) -> Iterator[tuple[str, str]]:
+    """The pages that a stream sends, each with its id."""
+    text = ""
+    for part in answer.response:
+        text += part.decode()
+        while "\n\n" in text:
+            event, _, text = text.partition("\n\n")
+            fields = dict(line.partition(": ")[::2] for line in event.splitlines())
+            if fields.get("event") == "page":
+                yield fields["id"], json.loads(fields["data"])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are looked at often."""
+    monkeypatch.setattr(dashboard, "FOLLOWED", dict.fromkeys(dashboard.FOLLOWED, 0.02))
+    monkeypatch.setattr(mount, "FRESH", 0.01)
+    monkeypatch.setattr(mount, "SHARE", 1.0)
+
+
+def follow(app: flask.Flask, path: str, heard: str = "") -> Any:
+    headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": heard} if heard else {})
+    return app.test_client().get(PREFIX + path, headers=headers, buffered=False)
+
+
+def test_a_page_is_sent_again_when_it_has_changed(mlq: MLQ, quick: None) -> None:
+    app = hosting(mlq, allow_anonymous=True, max_streams=1, heartbeat=0.01)
+    with follow(app, "/queues") as answer:
+        assert "text/event-stream" == answer.content_type
+        assert "Accept" in answer.headers["Vary"]
+        sent = events(answer)
+        first, html = next(sent)
+        assert "No queue yet" in html
+        assert "</html>" in html
+        mlq.submit("a", queue_name="new")
+        second, html = next(found for found in sent if "Queue new" in found[1])
+        assert first != second
+        assert 503 == follow(app, "/queues").status_code  # there is one already
+    # Who comes again hears nothing before there is something new.
+    with follow(app, "/queues", heard=second) as answer:
+        sent = events(answer)
+        mlq.store.pause("new")
+        assert any("paused" in html for _, html in sent)
+    with follow(app, "/queues", heard="of another one") as answer:
+        assert "Queue new" in next(events(answer))[1]
+    # A page of one job, or with a filter by text, is no such page.
+    assert "text/html" in follow(app, "/actors").content_type
+
+
+def test_a_stream_ends_with_the_key_that_it_was_asked_with(mlq: MLQ, keys: ApiKeys, quick: None) -> None:
+    app = hosting(mlq, web.keys(mlq), max_streams=2)
+    token, key = keys.new("read")
+    visitor = Visitor(app)
+    visitor.sign_in(token)
+    with visitor.get("/queues", headers={"Accept": "text/event-stream"}, buffered=False) as answer:
+        sent = events(answer)
+        next(sent)
+        keys.revoke(key.id)
+        assert [] == [html for _, html in sent if "Sign in" in html]
+    assert 303 == visitor.get("/queues", headers={"Accept": "text/event-stream"}).status_code
+
+
+def test_pages_are_made_once_for_all_who_look_but_for_what_is_their_own(mlq: MLQ, quick: None) -> None:
+    app = hosting(mlq, allow_anonymous=True)
+    mlq.submit("a")
+    again = {"X-MLQueue-Again": "1"}
+    texts = []
+    for visitor in (Visitor(app), Visitor(app)):
+        visitor.page("/")
+        cookie = visitor.client.get_cookie("mlqueue_form", path=f"{PREFIX}/")
+        assert cookie is not None
+        text = visitor.get("/queues", headers=again).text
+        assert f'name="token" value="{cookie.value}"' in text
+        texts.append(text.replace(cookie.value, ""))
+    assert re.sub(r"\d+ ms|[\d.]+ s", "", texts[0]) == re.sub(r"\d+ ms|[\d.]+ s", "", texts[1])
+    mlq.store.flush()
+    answer = visitor.get("/queues", headers=again)
+    tag = answer.headers["ETag"]
+    assert 304 == visitor.get("/queues", headers=again | {"If-None-Match": tag}).status_code
+
+
+def test_those_who_follow_take_a_bounded_part_of_the_processor() -> None:
+    pages = mount.Pages()
+    assert 0 == pages.wait
+    pages.keep("one", b"", took=0.1)
+    assert 0.5 < pages.wait <= 0.9
+    pages.keep("other", b"", took=0.1)
+    assert 1.5 < pages.wait <= 1.8
+    assert b"" == pages.recent("one")
+    pages.forget()
+    assert None is pages.recent("one")
 
 
 def test_a_job_that_is_not_there_is_a_page_too(visitor: Visitor) -> None:
@@ -386,6 +568,8 @@ def test_one_signs_in_with_a_key_and_out_again(mlq: MLQ, keys: ApiKeys) -> None:
         ("submit,read", "/queues", {"act": "pause", "queue": "q"}, False),
         ("submit,read", "/dead/letters", {"act": "requeue"}, False),
         ("submit,read", "/workers", {"act": "stop", "worker": "w"}, False),
+        ("submit,read", "/limits", {"act": "set", "limit": "gpu", "capacity": "1"}, False),
+        ("admin", "/limits", {"act": "set", "limit": "gpu", "capacity": "1"}, True),
         ("admin", "/queues", {"act": "pause", "queue": "q"}, True),
     ],
 )
@@ -441,7 +625,8 @@ def test_nothing_is_changed_by_a_get(mlq: MLQ, visitor: Visitor) -> None:
 def test_a_read_only_dashboard_changes_nothing_and_offers_nothing(mlq: MLQ) -> None:
     visitor = Visitor(hosting(mlq, allow_anonymous=True, read_only=True))
     job = mlq.submit("a")
-    for path in ("/", "/jobs", f"/jobs/{job.id}", "/queues", "/workers", "/dead"):
+    mlq.limits.set("gpu", 1)
+    for path in ("/", "/jobs", f"/jobs/{job.id}", "/queues", "/workers", "/dead", "/limits"):
         assert 'method="post"' not in visitor.page(path)
     answer = visitor.post(f"/jobs/{job.id}/cancel")
     assert 403 == answer.status_code
@@ -502,11 +687,15 @@ def poisoned(mlq: MLQ, start_worker: StartWorker) -> Iterator[list[str]]:
     def boom(text: str, **more: Any) -> Any:
         import mlqueue
 
-        mlqueue.current_job().progress(text, text[:200])
+        job = mlqueue.current_job()
+        job.progress(text, text[:200])
+        job.log_metrics(1, **{text[:100]: 1.0})
+        print(text)
         if more:
             return {text: [text, {text: text}]}
         raise ValueError(text)
 
+    mlq.limits.set(EVIL[0].replace("/", "!"), 1)
     jobs = []
     for text in EVIL:
         callback = "http://127.0.0.1:9/" + text.replace(" ", "")
@@ -522,6 +711,7 @@ def poisoned(mlq: MLQ, start_worker: StartWorker) -> Iterator[list[str]]:
 
 def test_nothing_that_a_job_carries_becomes_markup(mlq: MLQ, visitor: Visitor, poisoned: list[str]) -> None:
     paths = ["/", "/jobs", "/dead", "/dead/letters", "/callbacks", "/queues", "/workers", "/acts", "/actors/boom"]
+    paths += ["/limits", "/functions"]
     paths += [f"/jobs/{job_id}" for job_id in poisoned]
     paths += [f"/dead/{job_id}" for job_id in poisoned[::2]]
     for path in paths:

@@ -14,6 +14,7 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
                            c content type, n number of chunks, z size in bytes, k attempt that wrote the chunks
   R:e:ID           string  the last error (MessagePack)
   R:at:ID          list    attempts that did not succeed (MessagePack), newest last, at most 50
+  R:ch:ID          list    ids of the jobs that the job submitted while its record was there, newest last, at most 1,000
   R:ck:ID          hash    the checkpoint: v value, or n number of chunks; z size, g generation
   R:lg:ID          list    lines of the job's log, oldest first (MessagePack: time, attempt, stream or level, text); field o
   R:me:ID          hash    the job's metrics: by name how many values have one point (uint32), how many values there were

@@ -9,7 +9,7 @@ if call('GET', R .. ':mig:own') ~= ARGV[1] then
 end
 
 -- What belongs to a job beside its record; chunks are named by these and stay where they are.
-local BESIDE = { 'b', 'r', 'e', 'at', 'ck', 'cb', 'ca', 'lg', 'me' }
+local BESIDE = { 'b', 'r', 'e', 'at', 'ck', 'cb', 'ca', 'lg', 'me', 'ch' }
 
 -- What running jobs need here: those that they wait for, and the jobs of callbacks that are being delivered.
 local needed = {}

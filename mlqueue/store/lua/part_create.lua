@@ -6,6 +6,9 @@ local claim_unique = nil
 -- A body of more bytes has a key of its own.
 local INLINE = 64
 
+-- Of how many jobs that it submitted a job knows.
+local CHILDREN = 1000
+
 -- How a body begins that stands for chunks: generation, number and size follow (MessagePack).
 local IN_CHUNKS = '\193MQa'
 
@@ -48,7 +51,13 @@ local function create(item)
   end
   if lane ~= actor then also('l', lane) end
   if priority ~= 0 then also('p', priority) end
-  if item[10] and item[10] ~= '' then also('P', item[10]) end
+  if item[10] and item[10] ~= '' then
+    also('P', item[10])
+    if queue ~= CALLBACKS and call('EXISTS', jkey(item[10])) == 1 then
+      call('RPUSH', R .. ':ch:' .. item[10], id)
+      call('LTRIM', R .. ':ch:' .. item[10], -CHILDREN, -1)
+    end
+  end
   if item[12] then also('X', item[12]) end
   if item[13] then also('Z', item[13]) end
   if type(item[14]) == 'table' then

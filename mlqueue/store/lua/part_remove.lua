@@ -34,6 +34,6 @@ local function remove(id)
   call('ZREM', R .. ':exp', id)
   call('ZREM', R .. ':dead', id)
   call('UNLINK', jkey(id), R .. ':b:' .. id, R .. ':e:' .. id, R .. ':at:' .. id, R .. ':wt:' .. id,
-    R .. ':cb:' .. id, R .. ':ca:' .. id, R .. ':lg:' .. id, R .. ':me:' .. id)
+    R .. ':cb:' .. id, R .. ':ca:' .. id, R .. ':lg:' .. id, R .. ':me:' .. id, R .. ':ch:' .. id)
   return rec and 1 or 0
 end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from flask import Blueprint, Response, abort, request, send_file
@@ -16,14 +16,15 @@ from ...errors import InvalidJob, MLQueueError, SettingsError, StoreError, Unaut
 from ...keys import check_scopes
 from ...overview import read_now
 from .. import dead as api_dead
-from .. import live, results
+from .. import live, results, seen
 from ..auth import READ, Hook, challenge, check_hooks
 from ..blueprint import HEARTBEAT, GuardedBlueprint, check_path, view_of
 from ..mount import mount_of_request
 from ..operation import Operation
 from ..problems import of_werkzeug
 from ..streams import Streams
-from . import actors, callbacks, dead, job, jobs, others, overview, queues, signing, workers
+from . import actors, acts, callbacks, dead, functions, job, jobs, limits, overview, queues, signing, workers
+from .follow import AGAIN, answer_again, follow, wants_events
 from .mount import Dashboard, Recent
 from .render import FILES, VERSION
 from .visit import Visit, with_cookies
@@ -58,10 +59,10 @@ PAGES: Final[tuple[Operation, ...]] = (
     actors.list_actors,
     actors.show_actor,
     actors.submit_job,
-    others.show_acts,
-    others.show_limits,
-    others.show_functions,
-    others.show_schedules,
+    limits.show_limits,
+    limits.change_limit,
+    functions.show_functions,
+    acts.show_acts,
     signing.show_sign_in,
     signing.sign_in,
     signing.sign_out,
@@ -73,8 +74,21 @@ LOADED: Final[tuple[Operation, ...]] = (
     results.read_result,
     results.read_result_as,
     api_dead.export_dead_letters,
-    *others.LOADED,
+    seen.read_logs,
+    seen.read_metrics,
 )
+
+#: Pages that can be followed, and how often each is looked at for that, in seconds.
+FOLLOWED: Final[Mapping[str, float]] = {
+    "show_overview": 2.0,
+    "list_jobs": 1.0,
+    "list_dead_letters": 5.0,
+    "show_workers": 2.0,
+    "show_queues": 2.0,
+    "show_limits": 2.0,
+    "show_functions": 2.0,
+    "show_callbacks": 5.0,
+}
 
 
 def create_dashboard(
@@ -160,7 +174,7 @@ def _page_view(page: Operation) -> Callable[..., Response]:
         try:
             visit.admit()
             check_path(page, values)
-            answer = page.function(visit, **{name: values[name] for name in names})
+            answer = _answer(page, visit, {name: values[name] for name in names})
         except MLQueueError as error:
             answer = _refusal(visit, error)
         except HTTPException as error:
@@ -172,6 +186,21 @@ def _page_view(page: Operation) -> Callable[..., Response]:
 
     view.__name__ = page.name
     return view
+
+
+def _answer(page: Operation, visit: Visit, values: dict[str, Any]) -> Response:
+    if page.name not in FOLLOWED:
+        return page.function(visit, **values)
+
+    def make(visit: Visit) -> Response:
+        return page.function(visit, **values)
+
+    if wants_events(visit):
+        answer = follow(visit, make, FOLLOWED[page.name])
+    else:
+        answer = answer_again(visit, make) if AGAIN in visit.request.headers else make(visit)
+    answer.vary.update(["Accept", AGAIN])
+    return answer
 
 
 def _refusal(visit: Visit, error: MLQueueError) -> Response:

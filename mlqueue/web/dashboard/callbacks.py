@@ -15,7 +15,7 @@ from .visit import Visit
 __all__ = ["show_callbacks"]
 
 #: Of how many of the latest jobs the callbacks are shown.
-LATEST: Final = 200
+LATEST: Final = 100
 
 ENDED: Final = tuple(state for state in State if state.ended)
 

@@ -14,7 +14,8 @@ from flask import Response
 
 from ...dead_letters import DeadFilters
 from ...errors import InvalidArguments, RequestError
-from ...job import JobRecord, State
+from ...job import DeadReason, State
+from ...store.store import DeadPlace, Died
 from ..auth import ADMIN, READ
 from ..body import from_json
 from ..operation import operation
@@ -30,12 +31,15 @@ __all__ = [
     "show_dead_letter",
 ]
 
-#: Of how many of the latest dead letters groups are made, and how many a page of a group shows.
-LATEST: Final = 400
+#: How many dead letters a page looks at until it says so and offers to go on, and how many a page of them shows.
+LOOKS: Final = 500
 PAGE: Final = 50
 
 #: The longest text that an argument is edited as, in characters.
 MOST_TEXT: Final = 100_000
+
+#: How many bytes of an error groups are made of.
+MOST_OF_ERROR: Final = 400
 
 #: What differs between errors that are the same: numbers, ids, addresses, what stands between quotation marks.
 _VARIES: Final = re.compile(r"0x[0-9a-f]+|'[^']*'|\"[^\"]*\"|\b[0-9a-f]{8,}\b|\d+")
@@ -56,42 +60,80 @@ class Group:
     last: float = 0.0
 
 
-def _pattern(record: JobRecord) -> str:
-    return _VARIES.sub("…", record.short_text)[:200]
+Key = tuple[str, str, str]
 
 
-def _key(record: JobRecord) -> tuple[str, str, str]:
-    return record.actor, str(record.dead_reason or "failed"), _pattern(record)
+def _line(died: Died) -> str:
+    """The error on a line."""
+    return died.error.text.strip().partition("\n")[0]
+
+
+def _key(died: Died) -> Key:
+    """What those that died of the same have in common: actor, reason, and the error without what differs."""
+    return died.actor, str(died.reason), _VARIES.sub("…", _line(died))[:200]
+
+
+def _look(
+    visit: Visit, filters: DeadFilters, cursor: DeadPlace | None, limit: int
+) -> tuple[list[tuple[DeadPlace, Died]], DeadPlace | None, int]:
+    """Of the next dead letters, the latest first, those that fit; where to go on; and how many were looked at. The text
+    is looked for in the error, not in its traceback."""
+    wanted = (filters.get("text") or "").casefold()
+    places, following = visit.store.dead(
+        reason=str(filters.get("reason") or ""),
+        actor=filters.get("actor"),
+        queue=filters.get("queue"),
+        cursor=cursor,
+        limit=limit,
+        looks=LOOKS,
+    )
+    found = zip(places, visit.store.died([place.id for place in places], MOST_OF_ERROR), strict=True)
+    fit = [(place, died) for place, died in found if died is not None and wanted in died.error.text.casefold()]
+    return fit, following, len(places)
+
+
+def _place(visit: Visit) -> DeadPlace | None:
+    """Where the last page ended."""
+    match = re.fullmatch(r"(\d{1,15}):([A-Za-z0-9._-]{1,128})", visit.asked("cursor"))
+    return DeadPlace(int(match[1]), match[2]) if match else None
+
+
+def _cursor(place: DeadPlace | None) -> str:
+    return f"{place.died_ms}:{place.id}" if place is not None else ""
 
 
 @operation("GET", "/dead", scope=READ, tag="pages", answers={})
 def list_dead_letters(visit: Visit) -> Response:
     """Show what died, by actor and error."""
-    filters = _filters(visit)
-    groups: dict[tuple[str, str, str], Group] = {}
-    looked = 0
-    for record in visit.mlq.dead_letters.scan(**filters):
-        looked += 1
-        actor, reason, pattern = key = _key(record)
-        group = groups.get(key)
-        died = record.finished_at or record.created_at
+    filters, cursor = _filters(visit), _place(visit)
+    found, following, looked = _look(visit, filters, cursor, LOOKS)
+    groups: dict[Key, Group] = {}
+    for _, died in found:
+        group = groups.get(_key(died))
         if group is None:
-            groups[key] = group = Group(
-                actor=actor, reason=reason, pattern=pattern, example=record.short_text[:400], last=died
-            )
+            actor, reason, pattern = key = _key(died)
+            example = _line(died)
+            group = groups[key] = Group(actor=actor, reason=reason, pattern=pattern, example=example, last=died.at)
         group.count += 1
-        group.first = died
-        if looked == LATEST:
-            break
-    total = visit.now.counts.get(State.DEAD, 0)
-    ordered = sorted(groups.values(), key=lambda group: -group.count)
+        group.first = died.at
     return visit.page(
-        "dead", groups=ordered, looked=looked, total=total, filters=filters, export=_export(visit, filters)
+        "dead",
+        groups=sorted(groups.values(), key=lambda group: -group.count),
+        looked=looked,
+        total=visit.now.counts.get(State.DEAD, 0),
+        filters=filters,
+        cursor=_cursor(cursor),
+        following=_cursor(following),
+        export=_export(visit, filters),
     )
 
 
 def _filters(visit: Visit) -> DeadFilters:
     found: Any = {name: visit.asked(name) for name in ("actor", "reason", "queue", "text") if visit.asked(name)}
+    if found.get("reason") and found["reason"] not in set(DeadReason):
+        raise InvalidArguments(
+            f"reason {found['reason']!r}: one of {', '.join(DeadReason)}.", faults=[("?reason", "is unknown")]
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -108,7 +150,7 @@ def change_dead_group(visit: Visit) -> Response:
         fields = {"actor": actor, "reason": reason, "pattern": pattern, "act": act}
         question = f"Forget every dead letter of {actor} that died of “{pattern or reason}”? That cannot be undone."
         return visit.ask_whether_sure(question, "Forget them", fields, visit.url("list_dead_letters"))
-    ids = list(_of_group(visit, actor, reason, pattern))[::-1]
+    ids = list(_of_group(visit, (actor, reason, pattern)))[::-1]
     visit.note(f"{act} dead letters", f"{len(ids)} of {actor}, {reason}: {pattern}")
     letters = visit.mlq.dead_letters
     if act == "purge":
@@ -116,19 +158,31 @@ def change_dead_group(visit: Visit) -> Response:
     return visit.go("list_dead_letters", "requeued", len(letters.requeue_many(ids)))
 
 
-def _of_group(visit: Visit, actor: str, reason: str, pattern: str) -> Iterator[str]:
-    for record in visit.mlq.dead_letters.scan(actor=actor, reason=reason):
-        if _key(record) == (actor, reason, pattern):
-            yield record.id
+def _of_group(visit: Visit, key: Key) -> Iterator[str]:
+    cursor: DeadPlace | None = None
+    while True:
+        found, cursor, _ = _look(visit, {"actor": key[0], "reason": key[1]}, cursor, LOOKS)
+        yield from (place.id for place, died in found if _key(died) == key)
+        if cursor is None:
+            return
 
 
 @operation("GET", "/dead/letters", scope=READ, tag="pages", answers={})
 def list_dead_group(visit: Visit) -> Response:
     """List dead letters, the latest first."""
-    filters, cursor = _filters(visit), visit.asked("cursor")
-    page = visit.mlq.dead_letters.list(cursor=cursor or None, limit=PAGE, **filters)
-    query = {name: str(value) for name, value in filters.items()}
-    return visit.page("dead_group", letters=page.letters, cursor=page.cursor, filters=query)
+    filters, pattern = _filters(visit), visit.request.args.get("pattern", "")[:400]
+    # Of a text or a pattern nothing has an index: some are looked at, then the page offers to go on.
+    sifts = bool(filters.get("text") or pattern)
+    found, following, _ = _look(visit, filters, _place(visit), LOOKS if sifts else PAGE)
+    if pattern:
+        found = [(place, died) for place, died in found if _key(died)[2] == pattern]
+    if len(found) > PAGE:
+        found = found[:PAGE]
+        following = found[-1][0]
+    records = visit.store.records([place.id for place, _ in found])
+    letters = [record for record in records if record is not None and record.state is State.DEAD]
+    query = {name: str(value) for name, value in filters.items()} | ({"pattern": pattern} if pattern else {})
+    return visit.page("dead_group", letters=letters, cursor=_cursor(following), filters=query)
 
 
 @operation("POST", "/dead/letters", scope=ADMIN, tag="pages", answers={})

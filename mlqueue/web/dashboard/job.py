@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from flask import Response
+from markupsafe import Markup
 
 from ... import codec
 from ...errors import MLQueueError
+from ...estimate import estimated_start
 from ...handle import Job
-from ...job import JobRecord, State
+from ...job import JobRecord, LogLine, Point, State
+from ...store.chunks import BodyReference
 from ...store.store import StoredFile
+from ...why import why
 from ..auth import READ, SUBMIT
 from ..operation import operation
 from ..results import DECLARED
-from . import others
+from .charts import Path, curve
 from .values import Shown, described
 from .visit import Visit
 
 __all__ = ["cancel_job", "redeliver_callback", "retry_job", "show_job"]
 
-#: Values of more bytes are not decoded for a page.
+#: Values of more bytes are not decoded for a page; and checkpoints, which are read for it.
 MOST_BYTES: Final = 4 * 2**20
+MOST_OF_CHECKPOINT: Final = 2**16
+
+#: How many lines of a log, and how many characters of them, a page begins with: the newest ones.
+LINES: Final = 300
+CHARACTERS: Final = 30_000
+
+#: How many points all curves of a page have together, and how many one has at least and at most.
+POINTS: Final = 4000
+FEWEST: Final = 20
+MOST: Final = 200
+
+#: How many of the jobs that it submitted are shown.
+CHILDREN: Final = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +54,9 @@ class Stretch:
     text: str
     begin: float
     end: float
-    #: More, such as the error.
+    #: More, such as the error; and where it ran.
     detail: str = ""
+    where: str = ""
     #: In parts of a hundred of the whole: where it begins, and how long it is.
     left: float = 0.0
     width: float = 0.0
@@ -70,22 +89,52 @@ class Gave:
     value: Shown | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Waits:
+    """Why a job waits, and for how long it will, as it seems."""
+
+    text: Markup
+    #: In seconds from now; None when nobody can say.
+    left: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A metric."""
+
+    name: str
+    path: Path
+    #: How many points are kept of it, and the step of the first and of the last.
+    count: int
+    first: float
+    last: float
+    #: Its newest value.
+    value: float
+
+
 @operation("GET", "/jobs/<job_id>", scope=READ, tag="pages", answers={})
 def show_job(visit: Visit, job_id: str) -> Response:
     """Show a job."""
-    [found] = visit.store.records_and_bodies([job_id])
-    record = visit.store.record(job_id)  # raises, where there is none
-    body = found[1] if found is not None else b""
+    record = visit.store.record(job_id)
+    hosts = {
+        worker.id: f"{worker.info.get('host', '?')}, pid {worker.info.get('pid', '?')}" for worker in visit.now.workers
+    }
+    children, count = visit.store.children(job_id, CHILDREN)
+    lines, following = _log(visit, job_id)
     return visit.page(
         "job",
         job=record,
-        timeline=list(_timeline(record)),
-        given=_given(body, _names(visit, record.actor)) if visit.sees_values else None,
+        timeline=list(_timeline(record, hosts)),
+        given=_given(visit, record) if visit.sees_values else None,
         gave=_gave(visit, record) if visit.sees_values else None,
-        reasons=list(_reasons(visit, record)),
-        worker=next((worker for worker in visit.now.workers if worker.id == record.worker), None),
-        metrics=others.loadable(visit, "metrics", job_id),
-        logs=others.loadable(visit, "logs", job_id),
+        checkpoint=_checkpoint(visit, record),
+        waits=_waits(visit, record),
+        worker=hosts.get(record.worker or ""),
+        children=[child for child in visit.store.records(children) if child is not None],
+        child_count=count,
+        curves=list(_curves(visit, job_id)),
+        lines=lines,
+        following=following,
     )
 
 
@@ -96,13 +145,17 @@ def _names(visit: Visit, actor: str) -> list[str]:
     return [parameter["name"] for parameter in parameters if parameter["kind"] in ("any", "positional")]
 
 
-def _given(body: bytes | memoryview, names: list[str]) -> Given:
-    if len(body) > MOST_BYTES:
-        return Given(args=[], kwargs=[], options={}, fault=f"{len(body):,} bytes: too many to be shown here.")
+def _given(visit: Visit, record: JobRecord) -> Given:
     try:
-        args, kwargs, options = codec.decode_call(body)
+        body = visit.store.body(record.id)
+        reference = BodyReference.of(body)
+        size = len(body) if reference is None else reference.size
+        if size > MOST_BYTES:
+            return Given(args=[], kwargs=[], options={}, fault=f"{size:,} bytes: too many to be shown here.")
+        args, kwargs, options = codec.decode_call(visit.store.whole_body(record.id, body))
     except MLQueueError as error:
         return Given(args=[], kwargs=[], options={}, fault=f"It cannot be read: {error.message}")
+    names = _names(visit, record.actor)
     return Given(
         args=[
             (names[place] if place < len(names) else str(place + 1), described(value))
@@ -132,12 +185,59 @@ def _value_of(file: StoredFile, record: JobRecord) -> Gave:
     return Gave(size=file.size, kind="value", value=described(codec.decode(file.read(file.size))))
 
 
+def _checkpoint(visit: Visit, record: JobRecord) -> Shown | None:
+    """What its next attempt would begin with; None where there is none, or it is not to be seen."""
+    if not record.has_checkpoint or not visit.sees_values:
+        return None
+    data = visit.store.load_checkpoint(record.id, MOST_OF_CHECKPOINT)
+    if data is None:
+        return None
+    try:
+        return described(codec.decode(data))
+    except MLQueueError:
+        return None
+
+
+# What it shows of itself
+
+
+def _curves(visit: Visit, job_id: str) -> Iterator[Curve]:
+    """The metrics that it has logged."""
+    points = visit.store.metrics(job_id).points if visit.sees_values else {}
+    most = max(FEWEST, min(MOST, POINTS // max(1, len(points))))
+    for name, found in points.items():
+        if found:
+            path = curve([(point.step, point.value) for point in _thinned(found, most)])
+            first, last = found[0].step, found[-1].step
+            yield Curve(name=name, path=path, count=len(found), first=first, last=last, value=found[-1].value)
+
+
+def _thinned(points: Sequence[Point], most: int) -> Sequence[Point]:
+    step = -(-len(points) // most)
+    return points if step == 1 else [*points[:-1:step], points[-1]]
+
+
+def _log(visit: Visit, job_id: str) -> tuple[list[LogLine], int]:
+    """The newest lines of its log, and the number of the line behind them."""
+    if not visit.sees_values:
+        return [], 0
+    found = visit.store.log(job_id, -LINES, LINES)
+    lines: list[LogLine] = []
+    left = CHARACTERS
+    for line in reversed(found.lines):
+        left -= len(line.text)
+        if left < 0 and lines:
+            break
+        lines.insert(0, line)
+    return lines, found.next
+
+
 # What it went through
 
 
-def _timeline(record: JobRecord) -> Iterator[Stretch]:
+def _timeline(record: JobRecord, hosts: dict[str, str]) -> Iterator[Stretch]:
     """What it went through, each with its place on a line from its creation to its end, or now."""
-    stretches = list(_stretches(record))
+    stretches = list(_stretches(record, hosts))
     if not stretches:
         return
     begin, end = stretches[0].begin, stretches[-1].end
@@ -147,7 +247,7 @@ def _timeline(record: JobRecord) -> Iterator[Stretch]:
         yield dataclasses.replace(stretch, left=round(left, 2), width=round(width, 2))
 
 
-def _stretches(record: JobRecord) -> Iterator[Stretch]:
+def _stretches(record: JobRecord, hosts: dict[str, str]) -> Iterator[Stretch]:
     now, at, first = time.time(), record.created_at, True
     for attempt in record.attempts:
         if attempt.started_at > at:
@@ -159,6 +259,7 @@ def _stretches(record: JobRecord) -> Iterator[Stretch]:
             begin=max(attempt.started_at, at),
             end=max(attempt.ended_at, at),
             detail=detail,
+            where=hosts.get(attempt.worker, f"worker {attempt.worker[:8]}"),
         )
         at, first = max(attempt.ended_at, at), False
     last = record.attempts[-1].attempt if record.attempts else 0
@@ -170,7 +271,8 @@ def _stretches(record: JobRecord) -> Iterator[Stretch]:
         if record.has_checkpoint and record.attempt > 1:
             text += ", resumed from its checkpoint"
         kind = "run" if not record.state.ended else "good" if record.state is State.SUCCEEDED else "gone"
-        yield Stretch(kind=kind, text=f"{text}: {record.state}", begin=at, end=end)
+        where = hosts.get(record.worker, f"worker {record.worker[:8]}") if record.worker else ""
+        yield Stretch(kind=kind, text=f"{text}: {record.state}", begin=at, end=end, where=where)
     elif not record.state.ended:
         yield Stretch(kind="wait", text="Waits" if first else "Waits for its next attempt", begin=at, end=max(at, now))
     elif record.finished_at is not None and record.finished_at > at + 0.001:
@@ -184,28 +286,32 @@ def _waited(first: bool) -> str:
 # Why it waits
 
 
-def _reasons(visit: Visit, record: JobRecord) -> Iterator[str]:
-    """Why a job does not run, in words, as far as that is known."""
-    if record.state is State.RUNNING and record.waits_for:
-        yield f"It waits for the job {record.waits_for}."
-    if record.state is State.SCHEDULED and record.due_at is not None:
-        yield "It is due later: " + ("a retry after an error." if record.retries else "it was submitted with a delay.")
-    if record.state is not State.QUEUED:
-        return
-    queue = next((queue for queue in visit.now.queues if queue.name == record.queue), None)
-    if queue is not None and queue.paused is not None:
-        yield f"The queue {record.queue} is paused."
-    serving = [worker for worker in visit.now.workers if record.queue in worker.info.get("queues", ())]
-    if not serving:
-        yield f"No worker serves the queue {record.queue}."
-    elif not any(record.actor in worker.info.get("actors", ()) for worker in serving) and not record.functions:
-        yield f"No worker of the queue {record.queue} knows the actor {record.actor}."
-    if record.crashes >= 2:
-        yield "Processes died with it: it waits to be run with no other job beside it."
-    if record.position:
-        yield f"{record.position:,} job{'s are' if record.position > 1 else ' is'} ahead of it."
-    elif serving:
-        yield "It is next, as soon as a worker has a free thread."
+def _waits(visit: Visit, record: JobRecord) -> Waits | None:
+    """Why a job does not run, or not go on; None when nothing keeps it."""
+    if record.state.ended or (record.state is State.RUNNING and record.waits_for is None):
+        return None
+    reason = why(visit.store, record.id)
+    known = {*reason.held_by, *([record.waits_for] if record.waits_for else [])}
+    text = "It " + reason.text.removeprefix(f"job {record.id} ")
+    starts = None if record.state is State.RUNNING else estimated_start(visit.store, record.id)
+    left = None if starts is None else max(0.0, starts - visit.store.now())
+    return Waits(text=_sentence(visit, text, known), left=left)
+
+
+def _sentence(visit: Visit, text: str, known: set[str]) -> Markup:
+    """A sentence as markup: what is to be typed stands out, and jobs are links."""
+    parts = []
+    for part in re.split(r"(`[^`]*`|\bjob [A-Za-z0-9._-]*[A-Za-z0-9_-])", text):
+        kind, _, name = part.partition(" ")
+        if part.startswith("`"):
+            parts.append(Markup("<code>{}</code>").format(part[1:-1]))
+        elif kind == "job" and name in known:
+            url = visit.url("show_job", job_id=name)
+            short = name if len(name) <= 16 else f"{name[:8]}…{name[-6:]}"
+            parts.append(Markup('job <a class="id" href="{}" title="{}">{}</a>').format(url, name, short))
+        else:
+            parts.append(Markup("{}").format(part))
+    return Markup("").join(parts)
 
 
 # What can be done

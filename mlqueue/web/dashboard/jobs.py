@@ -19,9 +19,21 @@ from .visit import Visit
 
 __all__ = ["change_jobs", "list_jobs"]
 
-#: How many jobs a page shows, and how many a search looks at until it says so and offers to go on.
+#: How many jobs a page shows.
 PAGE: Final = 50
+
+#: How many jobs a search looks at, and for how many seconds, until it says so and offers to go on; and how many it
+#: reads at a time.
 LOOKS: Final = 500
+LOOKS_FOR: Final = 0.05
+BATCH: Final = 50
+
+#: Arguments of more bytes are not searched, and of an error's message so many are.
+MOST_BYTES: Final = 2**16
+MOST_OF_ERROR: Final = 1000
+
+#: How many of the jobs that one has submitted are known.
+MOST_CHILDREN: Final = 1000
 
 #: What `since` may be: names of ages, in seconds.
 AGES: Final = {"5m": 300, "1h": 3600, "6h": 21600, "1d": 86400, "7d": 604800}
@@ -88,33 +100,36 @@ def _page(visit: Visit, filters: dict[str, Any], cursor: int | None) -> Found:
 
 def _search(visit: Visit, text: str, filters: dict[str, Any], cursor: int | None) -> Found:
     """Jobs that have a text somewhere; nothing has an index of that, so the newest are looked at, some at a time."""
+    if text.startswith("parent:"):
+        return _children(visit, text.removeprefix("parent:").strip(), cursor or 0)
     jobs: list[JobRecord] = []
-    looked, wanted = 0, text.casefold()
-    if wanted.startswith("parent:"):
-        # Children are younger.
-        [parent] = visit.store.records([wanted.removeprefix("parent:").strip()])
-        filters = {**filters, **({"since": parent.created_at} if parent is not None else {})}
-    while looked < LOOKS:
-        page = visit.store.page(**filters, cursor=cursor, limit=250)
+    looked, wanted, until = 0, text.casefold(), time.monotonic() + LOOKS_FOR
+    while True:
+        page = visit.store.page(**filters, cursor=cursor, limit=BATCH)
         looked += len(page.jobs)
         jobs += _having(visit, page.jobs, wanted)
         cursor = page.cursor
-        if cursor is None or len(jobs) >= PAGE:
-            break
-    return Found(jobs=jobs, cursor=cursor, looked=looked)
+        if cursor is None or len(jobs) >= PAGE or looked >= LOOKS or time.monotonic() >= until:
+            return Found(jobs=jobs, cursor=cursor, looked=looked)
+
+
+def _children(visit: Visit, job_id: str, skip: int) -> Found:
+    """The jobs that a job has submitted, the newest first."""
+    ids, _ = visit.store.children(job_id, MOST_CHILDREN)
+    found = visit.store.records(ids[skip : skip + PAGE])
+    jobs = [record for record in found if record is not None]
+    return Found(jobs=jobs, cursor=skip + PAGE if len(ids) > skip + PAGE else None, looked=len(ids))
 
 
 def _having(visit: Visit, records: list[JobRecord], wanted: str) -> list[JobRecord]:
-    whole = visit.store.records_and_bodies([record.id for record in records])
+    texts = visit.store.texts([record.id for record in records], MOST_BYTES, MOST_OF_ERROR)
     found = []
-    for item in whole:
+    for record, item in zip(records, texts, strict=True):
         if item is None:
             continue
-        record, body = item
-        parts: list[Any] = [record.id, record.actor, record.queue, f"parent:{record.parent}", record.progress_note]
-        parts += [*record.tags, record.progress, record.dead_reason]
-        if record.error is not None:
-            parts += [record.error.type, record.error.message]
+        body, error = item
+        parts: list[Any] = [record.id, record.actor, record.queue, record.progress_note]
+        parts += [*record.tags, record.progress, record.dead_reason, error.text]
         if visit.sees_values:
             parts += [record.short_result, _arguments(body)]
         if any(wanted in str(part).casefold() for part in parts if part is not None):
@@ -122,10 +137,8 @@ def _having(visit: Visit, records: list[JobRecord], wanted: str) -> list[JobReco
     return found
 
 
-def _arguments(body: bytes | memoryview) -> str:
-    """The arguments of a job as text, unless they are large."""
-    if len(body) > 2**16:
-        return ""
+def _arguments(body: bytes) -> str:
+    """The arguments of a job as text, where these can be read."""
     try:
         args, kwargs, _ = codec.decode_call(body)
     except MLQueueError:
@@ -136,8 +149,8 @@ def _arguments(body: bytes | memoryview) -> str:
 def _errors(visit: Visit, records: list[JobRecord]) -> dict[str, str]:
     """Why jobs are dead, on a line each."""
     dead = [record.id for record in records if record.state is State.DEAD]
-    found = visit.store.records(dead)
-    return {record.id: record.short_text for record in found if record is not None}
+    found = zip(dead, visit.store.died(dead), strict=True)
+    return {one: died.error.text.strip().partition("\n")[0] for one, died in found if died is not None}
 
 
 @operation("POST", "/jobs", scope=SUBMIT, tag="pages", answers={})

@@ -1,20 +1,28 @@
-"""`Dashboard`: a dashboard where it is registered, and what it has read of the store lately."""
+"""`Dashboard`: a dashboard where it is registered, and what it has read and made lately."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Final, Generic, TypeVar
 
 from ...overview import Now
 from ..mount import Mount
 
 T = TypeVar("T")
 
-#: How long what was read of the store is shown to others too, in seconds: many who look cost as much as one.
+#: How long what was read of the store, and a page that was made of it, is shown to others too, in seconds: many who
+#: look cost as much as one.
 FRESH: Final = 1.0
+
+#: How many pages are kept that long.
+MOST_PAGES: Final = 50
+
+#: Which part of a processor may go into making pages for those who follow them, in each process: 1/20 of a machine with
+#: two.
+SHARE: Final = 0.1
 
 
 class Recent(Generic[T]):
@@ -39,6 +47,42 @@ class Recent(Generic[T]):
         self._read_at = float("-inf")
 
 
+class Pages:
+    """Pages as they were made a moment ago, by what they depend on; and how often they may be made for those who
+    follow them, so that these slow nobody else down."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[Hashable, tuple[float, bytes]] = {}
+        self._next_at = 0.0
+
+    def recent(self, key: Hashable) -> bytes | None:
+        """The page, if it was made a moment ago."""
+        with self._lock:
+            made = self._made.get(key)
+        return made[1] if made is not None and time.monotonic() <= made[0] + FRESH else None
+
+    def keep(self, key: Hashable, page: bytes, took: float) -> None:
+        """Keeps a page that was made in `took` seconds."""
+        with self._lock:
+            now = time.monotonic()
+            if len(self._made) >= MOST_PAGES:
+                self._made = {one: made for one, made in self._made.items() if now <= made[0] + FRESH}
+            if len(self._made) < MOST_PAGES:
+                self._made[key] = now, page
+            self._next_at = max(self._next_at, now) + took * (1 / SHARE - 1)
+
+    @property
+    def wait(self) -> float:
+        """After how many seconds the next page may be made for those who follow one."""
+        return max(0.0, self._next_at - time.monotonic())
+
+    def forget(self) -> None:
+        """Has them made anew: something was changed."""
+        with self._lock:
+            self._made.clear()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dashboard(Mount):
     """What the pages of one registered dashboard work with."""
@@ -49,8 +93,13 @@ class Dashboard(Mount):
     values_scope: str
     #: How the namespace stands.
     now: Recent[Now]
-    #: Overviews as they were made, each with what it shows; see `overview`.
-    made: dict[Any, tuple[Now, bytes]] = dataclasses.field(default_factory=dict)
+    #: What was made of it.
+    pages: Pages = dataclasses.field(default_factory=Pages)
+
+    def forget(self) -> None:
+        """Has all of it read and made anew: something was changed."""
+        self.now.forget()
+        self.pages.forget()
 
 
-__all__ = ["Dashboard", "Recent"]
+__all__ = ["FRESH", "Dashboard", "Pages", "Recent"]

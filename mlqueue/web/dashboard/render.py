@@ -47,6 +47,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "ago": ago,
         "bytes": size,
+        "clock": clock,
         "duration": duration,
         "number": number,
         "moment": moment,
@@ -110,6 +111,11 @@ def moment(at: float | None) -> Markup:
         return Markup("–")
     when = datetime.fromtimestamp(at, UTC)
     return _time(at, when.strftime("%Y-%m-%d %H:%M:%S") + f".{when.microsecond // 100_000}")
+
+
+def clock(at: float) -> str:
+    """The time of day of a moment."""
+    return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S")
 
 
 def _time(at: float, text: str) -> Markup:

@@ -23,11 +23,10 @@ from ..auth import ADMIN, BearerKeys, Hook, Principal
 from ..blueprint import admit
 from ..call import Call
 from ..operation import Operation
-from ..table import OPERATIONS
 from .mount import Dashboard
 from .render import template
 
-__all__ = ["CookieKeys", "Visit", "with_cookies"]
+__all__ = ["PLACE_OF_TOKEN", "CookieKeys", "Visit", "with_cookies"]
 
 #: The cookie that has the token of forms, and the one that has an API key.
 FORM: Final = "mlqueue_form"
@@ -43,9 +42,8 @@ POLICY: Final = (
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-#: Pages that show what a route of the HTTP interface tells, by that route; and those of which there is no such route.
-TELLING: Final = {"show_limits": "/limits", "show_functions": "/functions", "show_schedules": "/schedules"}
-EMPTY: Final = {name for name, rule in TELLING.items() if rule not in {operation.rule for operation in OPERATIONS}}
+#: What pages that are made for several visitors have in the place of the token of forms; no visitor has it.
+PLACE_OF_TOKEN: Final = secrets.token_hex(16)
 
 #: The longest text of a form's field that is looked at as a name.
 MAX_NAME: Final = 300
@@ -158,9 +156,9 @@ class Visit(Call):
 
     @property
     def available(self) -> frozenset[str]:
-        """The names of the pages that there is something on, for who asks."""
+        """The names of the pages that there are for who asks."""
         assert self.principal is not None
-        names = {page.name for page in self.mount.operations if page.tag == "pages"} - EMPTY
+        names = {page.name for page in self.mount.operations if page.tag == "pages"}
         return frozenset(names if self.principal.may(ADMIN) else names - {"show_acts"})
 
     #: Pages that stand below another one in the navigation.
@@ -197,11 +195,11 @@ class Visit(Call):
     def note(self, act: str, what: str) -> None:
         """Notes what is about to be done: whatever becomes of it then, it was asked for."""
         self.store.note_act(self.who[:200], act, what[:500])
-        self.dashboard.now.forget()
+        self.dashboard.forget()
 
     def go(self, name: str, told: str = "", number: int | None = None, **values: Any) -> Response:
         """An answer that leads to a page; `told` names what that page says of what was done (see `TOLD`)."""
-        self.dashboard.now.forget()
+        self.dashboard.forget()
         more = {"told": told} if told else {}
         url = self.url(name, **values, **more, **({"n": number} if number is not None else {}))
         return Response(status=303, headers={"Location": url})
@@ -247,6 +245,7 @@ TOLD: Final[Mapping[str, str]] = {
     "resumed": "Resumed.",
     "drained": "Drained: {n} waiting jobs were forgotten.",
     "asked": "The worker is asked. Its supervisor hears of that with its next sign of life.",
+    "limit": "It has {n} slots now.",
     "nothing": "Nothing was selected.",
 }
 

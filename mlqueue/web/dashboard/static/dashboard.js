@@ -1,16 +1,10 @@
 // What the pages do beside what they do without any script: they stay up to date, and spare some clicks.
-import { keepFresh, refresh } from "./live.js";
-import { followJob, followList } from "./jobs.js";
-import { drawPanels } from "./panels.js";
+import { follow, refresh } from "./live.js";
+import { followJob } from "./jobs.js";
+import { openPanels, scrollDown } from "./panels.js";
 import { lookCloser } from "./charts.js";
 
 const body = document.body;
-
-keepFresh(Number(body.dataset.refresh || 0));
-if (body.dataset.events) followJob(body.dataset.events);
-if (body.dataset.changes) followList();
-drawPanels();
-lookCloser();
 
 // What was done is told once: not again when the page is loaded anew.
 const here = new URL(location.href);
@@ -19,6 +13,11 @@ if (here.searchParams.has("told")) {
   here.searchParams.delete("n");
   history.replaceState(null, "", here);
 }
+
+scrollDown();
+if (body.dataset.events) followJob(body.dataset.events, openPanels());
+else if (Number(body.dataset.refresh)) follow(Number(body.dataset.refresh));
+lookCloser();
 
 // Select all.
 for (const form of document.querySelectorAll("[data-select]")) {

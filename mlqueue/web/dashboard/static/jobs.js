@@ -1,8 +1,10 @@
-// Jobs as they go on, by server-sent events; where there are no streams, by looking again.
+// A job as it goes on, by server-sent events; where there are no streams, by looking again.
 import { keepFresh, refresh, show } from "./live.js";
 
 // How often a page looks again where there are no streams, in milliseconds.
 const INSTEAD = 2000;
+
+const ENDED = ["succeeded", "dead", "cancelled"];
 
 // Writes what a job has reported wherever it is shown.
 function report(id, progress, note) {
@@ -16,34 +18,60 @@ function report(id, progress, note) {
   }
 }
 
-// The page of a job: what it reports is written at once, any other change has the page looked at again.
-export function followJob(url) {
+// The page of a job: what it reports is written at once, of its curves and its log what is new is read, and any other
+// change has the page looked at again. What no event tells of (why it waits, what it uses) is looked at now and then.
+export function followJob(url, panels) {
   const job = document.body.dataset.job;
+  let wait = Number(document.body.dataset.refresh || 0);
+  panels.read();
   if (!("unfinished" in document.body.dataset)) return;
-  const source = new EventSource(url);
-  let heard = false;
-  source.addEventListener("open", () => { heard = true; show(true); });
-  source.addEventListener("snapshot", (event) => changed(JSON.parse(event.data)));
-  source.addEventListener("state", (event) => changed(JSON.parse(event.data)));
-  source.addEventListener("progress", (event) => {
-    const told = JSON.parse(event.data);
-    report(job, told.progress, told.progress_note);
-    document.body.dataset.reported = String(told.progress);
-    remaining(told.progress);
+  let streams = true, over = false, source = null;
+  const open = () => {
+    if (source || over || document.hidden) return;
+    source = new EventSource(url);
+    let heard = false;
+    source.addEventListener("open", () => { heard = true; show(true); panels.read(); });
+    source.addEventListener("snapshot", (event) => changed(JSON.parse(event.data)));
+    source.addEventListener("state", (event) => changed(JSON.parse(event.data)));
+    source.addEventListener("progress", (event) => {
+      const told = JSON.parse(event.data);
+      report(job, told.progress, told.progress_note);
+      remaining(told.progress);
+    });
+    for (const kind of ["logs", "metrics"]) source.addEventListener(kind, () => panels.read(kind));
+    for (const kind of ["gap", "callback", "removed"]) source.addEventListener(kind, refresh);
+    source.addEventListener("error", () => {
+      if (source.readyState !== EventSource.CLOSED) return show(false);
+      source = null;
+      // 204: it has ended. Anything else: there are no streams here, or too many.
+      streams = streams && heard;
+      if (!over) keepFresh(pace());
+      refresh();
+    });
+  };
+  const close = () => {
+    if (source) source.close();
+    source = null;
+  };
+  const pace = () => (over ? 0 : streams ? wait : Math.min(wait || INSTEAD, INSTEAD));
+  document.addEventListener("visibilitychange", () => (document.hidden ? close() : streams && open()));
+  addEventListener("pagehide", close);
+  addEventListener("pageshow", (event) => { if (event.persisted && streams) open(); });
+  document.addEventListener("fresh", ({ detail }) => {
+    wait = Number(detail.refresh || 0);
+    over = over || !("unfinished" in detail);
+    if (over) close();
+    if (over || !streams) panels.read();
+    keepFresh(pace());
   });
-  for (const kind of ["gap", "callback", "removed"]) source.addEventListener(kind, refresh);
-  source.addEventListener("error", () => {
-    if (source.readyState !== EventSource.CLOSED) return show(false);
-    // 204: it has ended. Anything else: there are no streams here, or too many.
-    if (!heard) keepFresh(INSTEAD);
-    refresh();
-  });
+  keepFresh(pace());
+  open();
 
   let state = "";
   function changed(told) {
     if (told.state !== state) refresh();
     state = told.state;
-    if (["succeeded", "dead", "cancelled"].includes(told.state)) source.close();
+    if (ENDED.includes(told.state)) close();
   }
 
   // How long it has to go: at the pace since this page has seen it move.
@@ -64,20 +92,4 @@ function inWords(seconds) {
   if (seconds < 60) return `${Math.round(seconds)} s`;
   if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
   return `${Math.floor(seconds / 3600)} h ${Math.round(seconds % 3600 / 60)} min`;
-}
-
-// The list: while a job of it runs, the page is looked at often; else now and then.
-export function followList() {
-  const soon = () => {
-    const busy = document.querySelector("#list progress, #list .chip.queued, #list .chip.running");
-    const here = new URL(location.href).searchParams;
-    if (!here.has("cursor") && !here.get("text")) keepFreshAt(busy ? 1000 : 5000);
-  };
-  let now = 0;
-  function keepFreshAt(milliseconds) {
-    if (milliseconds !== now) keepFresh(milliseconds);
-    now = milliseconds;
-  }
-  document.addEventListener("fresh", soon);
-  soon();
 }

@@ -1,5 +1,9 @@
-// Keeps a page up to date: it is fetched again, and what has changed in it is changed in place. One request at a time,
-// none while nobody looks, less and less often while the server does not answer.
+// Keeps a page up to date. The server sends it again whenever it has changed, over a stream; where there is none to be
+// had the page is fetched again and again: one request at a time, less and less often while the server does not answer.
+// What has changed in it is changed in place. Nothing goes on while nobody looks.
+
+// After how many milliseconds without a stream it is looked whether there is one by now.
+const TRY_AGAIN = 30000;
 
 let every = 0;
 let failures = 0;
@@ -7,17 +11,50 @@ let timer = 0;
 let running = null;
 let again = false;
 let etag = "";
+let source = null;
+let streams = false;
+let tryAt = 0;
 
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden && every) refresh();
+  if (document.hidden) stop();
+  else if (streams) begin();
+  else if (every) refresh();
 });
+addEventListener("pagehide", stop);
+addEventListener("pageshow", (event) => { if (event.persisted && streams) begin(); });
 
+// Looks at the page every so many milliseconds; 0 ends that.
 export function keepFresh(milliseconds) {
   every = milliseconds;
-  if (every) {
-    show(true);
-    plan();
-  }
+  if (every) show(true);
+  plan();
+}
+
+// Has the page sent whenever it has changed; where that cannot be, it is looked at every so many milliseconds.
+export function follow(milliseconds) {
+  every = milliseconds;
+  streams = true;
+  show(true);
+  if (!document.hidden) begin();
+}
+
+function begin() {
+  stop();
+  const stream = source = new EventSource(location.href);
+  stream.addEventListener("open", () => { failures = 0; show(true); });
+  stream.addEventListener("page", (event) => apply(JSON.parse(event.data)));
+  stream.addEventListener("error", () => {
+    if (stream.readyState !== EventSource.CLOSED) return show(false); // it comes again by itself
+    if (source === stream) source = null;
+    tryAt = Date.now() + TRY_AGAIN;
+    refresh();
+  });
+}
+
+function stop() {
+  clearTimeout(timer);
+  if (source) source.close();
+  source = null;
 }
 
 // Says whether what is seen is as it stands.
@@ -30,7 +67,8 @@ export function show(well) {
 
 function plan() {
   clearTimeout(timer);
-  if (every && !document.hidden) timer = setTimeout(refresh, every * Math.min(2 ** failures, 16));
+  if (!every || document.hidden || source) return;
+  timer = setTimeout(streams && Date.now() >= tryAt ? begin : refresh, every * Math.min(2 ** failures, 16));
 }
 
 // Fetches the page again; while that goes on already, once more behind it.
@@ -52,12 +90,12 @@ export function refresh() {
 
 async function load() {
   try {
-    const headers = etag ? { "If-None-Match": etag } : {};
+    const headers = { "X-MLQueue-Again": "1", ...(etag ? { "If-None-Match": etag } : {}) };
     const answer = await fetch(location.href, { headers, cache: "no-store", credentials: "same-origin" });
     if (answer.status !== 304) {
       if (!answer.ok || answer.redirected) throw new Error(String(answer.status));
       etag = answer.headers.get("ETag") || "";
-      apply(new DOMParser().parseFromString(await answer.text(), "text/html"));
+      apply(await answer.text());
     }
     failures = 0;
     show(true);
@@ -67,17 +105,18 @@ async function load() {
   }
 }
 
-function apply(fresh) {
+function apply(html) {
+  const fresh = new DOMParser().parseFromString(html, "text/html");
   for (const part of document.querySelectorAll("[data-live]")) {
     const other = fresh.getElementById(part.id);
     if (other) become(part, other);
   }
-  document.dispatchEvent(new CustomEvent("fresh", { detail: fresh.body.dataset }));
+  document.dispatchEvent(new CustomEvent("fresh", { detail: { ...fresh.body.dataset } }));
 }
 
 // Makes a part of the page what another one is. What somebody has opened, checked or written stays as he has it.
 export function become(old, fresh) {
-  if (old.isEqualNode(fresh)) return;
+  if (old.isEqualNode(fresh) || old === document.activeElement && old.matches("input, select, textarea")) return;
   for (const { name } of [...old.attributes]) {
     if (!fresh.hasAttribute(name) && !(name === "open" && old.tagName === "DETAILS")) old.removeAttribute(name);
   }

@@ -1,66 +1,74 @@
-// The metrics that a job has logged, as curves, and its log: where the server tells of them.
+// The metrics that a job has logged, as curves, and its log: what the page began with is gone on with.
 
 const SVG = "http://www.w3.org/2000/svg";
-const OFTEN = 1500;
 
-export function drawPanels() {
-  const metrics = document.querySelector("[data-metrics]");
-  const logs = document.querySelector("[data-logs]");
-  if (metrics) repeat(metrics, metrics.dataset.metrics, drawCurves);
-  if (logs) repeat(logs, logs.dataset.logs, writeLines);
+// How long to wait between two readings, in milliseconds.
+const PAUSE = 300;
+
+// How many lines of a log a page holds, and how many points of a curve it draws at most.
+const LINES = 2000;
+const DRAWN = 600;
+
+// `read(kind)` reads what is new of "metrics" or "logs", of both where nothing is said.
+export function openPanels() {
+  const readers = {};
+  const metrics = document.querySelector("[data-metrics]"), logs = document.querySelector("[data-logs]");
+  if (metrics) readers.metrics = reader(curvesOf(metrics));
+  if (logs) readers.logs = reader(linesOf(logs));
+  return { read: (kind) => { for (const [name, read] of Object.entries(readers)) if (!kind || kind === name) read(); } };
 }
 
-// Asks again and again, until the job has ended.
-async function repeat(panel, url, draw) {
-  for (;;) {
-    const last = !("unfinished" in document.body.dataset) || document.querySelector("#acts .chip.succeeded, #acts .chip.dead, #acts .chip.cancelled");
+// One request at a time; whoever asks meanwhile is heard behind it.
+function reader(part) {
+  let running = false, again = false, over = false;
+  return async function read() {
+    if (over) return;
+    again = running;
+    if (running) return;
+    running = true;
+    let more = false;
     try {
-      const answer = await fetch(url, { headers: { Accept: "application/json" }, credentials: "same-origin" });
-      if (answer.ok && !document.hidden) draw(panel, await answer.json());
-    } catch { /* the next time, perhaps */ }
-    if (last) return;
-    await new Promise((resolve) => setTimeout(resolve, OFTEN));
-  }
-}
-
-// Points by name, of whatever the answer has them in: an object of lists, or a list of steps with values.
-function series(answer) {
-  const found = new Map();
-  const add = (name, x, y) => {
-    if (typeof x !== "number" || typeof y !== "number") return;
-    if (!found.has(name)) found.set(name, []);
-    found.get(name).push([x, y]);
+      const answer = await fetch(part.url(), { headers: { Accept: "application/json" }, credentials: "same-origin" });
+      if (answer.ok) {
+        const told = await answer.json();
+        more = part.take(told);
+        over = told.ended && !more;
+      }
+    } catch { /* the next event, or the next look, has it read again */ }
+    setTimeout(() => {
+      running = false;
+      if (again || more) read();
+    }, PAUSE);
   };
-  const told = answer.metrics ?? answer.points ?? answer;
-  if (Array.isArray(told)) {
-    told.forEach((row, index) => {
-      const values = row.values ?? row.metrics ?? row;
-      if ("name" in row && "value" in row) add(row.name, row.step ?? index, row.value);
-      else for (const [name, y] of Object.entries(values)) if (name !== "step" && name !== "at" && name !== "time") add(name, row.step ?? index, y);
-    });
-  } else if (told && typeof told === "object") {
-    for (const [name, points] of Object.entries(told)) {
-      const list = Array.isArray(points) ? points : points.points ?? [];
-      list.forEach((point, index) => {
-        if (typeof point === "number") add(name, index, point);
-        else if (Array.isArray(point)) add(name, point[0], point[point.length - 1]);
-        else add(name, point.step ?? index, point.value);
-      });
-    }
-  }
-  return found;
 }
 
-function drawCurves(panel, answer) {
-  const all = series(answer);
-  if (!all.size) return;
+// Curves
+
+function curvesOf(panel) {
+  const known = new Map();
+  let place = "";
+  return {
+    url: () => panel.dataset.metrics + (place ? `?after=${encodeURIComponent(place)}` : ""),
+    take(told) {
+      place = told.next;
+      if (told.whole) known.clear();
+      for (const [name, points] of Object.entries(told.metrics)) {
+        // What is no number (NaN) has no place on a curve.
+        const numbers = points.filter(([, value]) => typeof value === "number").map(([step, value]) => [step, value]);
+        known.set(name, [...(known.get(name) || []), ...numbers]);
+        if (known.get(name).length) draw(panel, name, known.get(name));
+      }
+      return false;
+    },
+  };
+}
+
+function draw(panel, name, points) {
   panel.hidden = false;
   const place = panel.querySelector(".curves");
-  for (const [name, points] of all) {
-    let figure = [...place.children].find((child) => child.dataset.name === name);
-    if (!figure) place.append(figure = newCurve(name));
-    drawCurve(figure, points);
-  }
+  let figure = [...place.children].find((child) => child.dataset.name === name);
+  if (!figure) place.append(figure = newCurve(name));
+  drawCurve(figure, points);
 }
 
 function newCurve(name) {
@@ -74,7 +82,6 @@ function newCurve(name) {
   caption.append(value);
   const frame = Object.assign(document.createElement("div"), { className: "frame" });
   frame.dataset.steps = "";
-  const top = Object.assign(document.createElement("span"), { className: "top" });
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 600 100");
   svg.setAttribute("preserveAspectRatio", "none");
@@ -85,18 +92,20 @@ function newCurve(name) {
     path.setAttribute("d", d);
     svg.append(path);
   }
-  frame.append(top, svg);
+  frame.append(svg);
   const axis = Object.assign(document.createElement("p"), { className: "axis" });
-  axis.append(document.createElement("span"), document.createElement("span"));
+  for (let part = 0; part < 3; part += 1) axis.append(document.createElement("span"));
   figure.append(caption, frame, axis);
   return figure;
 }
 
-function drawCurve(figure, points) {
+function drawCurve(figure, all) {
+  const each = Math.ceil(all.length / DRAWN);
+  const points = all.filter((_, index) => index % each === 0 || index === all.length - 1);
   const xs = points.map(([x]) => x), ys = points.map(([, y]) => y);
   let [low, high] = [Math.min(...ys), Math.max(...ys)];
   if (low === high) [low, high] = [low - 0.5, high + 0.5];
-  const first = xs[0], last = Math.max(...xs);
+  const first = Math.min(...xs), last = Math.max(...xs);
   const span = last - first || 1;
   const steps = points.map(([x, y]) => `${((x - first) / span * 600).toFixed(1)},${(100 - (y - low) / (high - low) * 100).toFixed(1)}`);
   figure.querySelector(".line").setAttribute("d", `M${steps.join(" ")}${points.length === 1 ? " h1" : ""}`);
@@ -106,23 +115,47 @@ function drawCurve(figure, points) {
   frame.dataset.span = String(span);
   const newest = short(ys[ys.length - 1]);
   figure.querySelector("b").textContent = newest;
-  figure.querySelector(".top").textContent = short(high);
-  figure.querySelector("svg").setAttribute("aria-label", `${figure.dataset.name}, ${points.length} points; now ${newest}`);
-  const [from, to] = figure.querySelectorAll(".axis span");
-  from.textContent = String(first);
-  to.textContent = String(last);
+  figure.querySelector("svg").setAttribute("aria-label", `${figure.dataset.name}, ${all.length} points; now ${newest}`);
+  const told = [String(first), `from ${short(low)} to ${short(high)}`, String(last)];
+  figure.querySelectorAll(".axis span").forEach((part, index) => { part.textContent = told[index]; });
 }
 
 function short(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-function writeLines(panel, answer) {
-  const lines = answer.lines ?? answer.logs ?? answer.entries ?? answer;
-  if (!Array.isArray(lines) || !lines.length) return;
-  panel.hidden = false;
+// The log
+
+const KINDS = { WARNING: "warn", ERROR: "bad", CRITICAL: "bad" };
+
+function linesOf(panel) {
   const place = panel.querySelector("pre");
-  const below = place.scrollTop + place.clientHeight >= place.scrollHeight - 4;
-  place.textContent = lines.map((line) => typeof line === "string" ? line : [line.level, line.message ?? line.text ?? line.line].filter(Boolean).join("  ")).join("\n");
-  if (below) place.scrollTop = place.scrollHeight;
+  let next = Number(panel.dataset.next);
+  return {
+    url: () => `${panel.dataset.logs}?first=${next}`,
+    take(told) {
+      next = told.next;
+      if (!told.lines.length) return false;
+      panel.hidden = false;
+      const below = place.scrollTop + place.clientHeight >= place.scrollHeight - 4;
+      place.append(...told.lines.map(newLine));
+      while (place.childElementCount > LINES) place.firstElementChild.remove();
+      if (below) place.scrollTop = place.scrollHeight;
+      return true; // there may be more: an answer has a bounded number of them
+    },
+  };
+}
+
+function newLine(line) {
+  const row = document.createElement("span");
+  row.className = `l ${KINDS[line.level] || (line.stream === "stderr" ? "err" : "")}`;
+  const at = Object.assign(document.createElement("span"), { className: "at" });
+  at.textContent = new Date(line.at * 1000).toISOString().slice(11, 19);
+  row.append(at, ` ${line.level ? `${line.level} ` : ""}${line.text}\n`);
+  return row;
+}
+
+// A log is read from its end.
+export function scrollDown() {
+  for (const place of document.querySelectorAll("pre.log")) place.scrollTop = place.scrollHeight;
 }
