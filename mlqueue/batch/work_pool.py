@@ -229,9 +229,18 @@ class ParallelDataSource(AbstractDataSource):
 
         The first batches are being prepared when this returns. ``copy`` goes before that of this source.
         """
+        return self.resume(None, batch_size, **kwargs)
+
+    def resume(
+        self, state: dict[str, Any] | None, batch_size: int, most: int | None = None, **kwargs: Any
+    ) -> ParallelIterator:
+        """As :meth:`batch_iterator`, at once from a state on (None: from the beginning), without what comes before.
+
+        `most`: no batch is prepared beyond this number, counted from the beginning.
+        """
         how: Literal["lend", "view"] = "lend" if kwargs.pop("copy", self.copy) else "view"
         self._shared = self.pool._crew.share(self.ds, self._shared)
-        return ParallelIterator(self, batch_size, kwargs, how)
+        return ParallelIterator(self, batch_size, kwargs, how, state, most)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ParallelDataSource:
         """One part of every epoch, prepared by the same pool; see ``RandomAccessDataSource.shard``."""
@@ -247,14 +256,29 @@ class ParallelIterator(BatchIterator):
     """
 
     def __init__(
-        self, source: ParallelDataSource, batch_size: int, kwargs: dict[str, Any], how: Literal["lend", "view"]
+        self,
+        source: ParallelDataSource,
+        batch_size: int,
+        kwargs: dict[str, Any],
+        how: Literal["lend", "view"],
+        state: dict[str, Any] | None = None,
+        most: int | None = None,
     ) -> None:
         self._source, self._batch_size, self._kwargs, self._how = source, batch_size, kwargs, how
+        self._most = most
         self._shared = source._shared
         self._shuffle = as_shuffle(kwargs.get("shuffle"))
         self._stream = noise_entropy(self._shuffle), int(kwargs.get("epoch", 0))
         self._closed = False
-        self._start(self._make_indices(), 0)
+        if state is None:
+            self._start(self._make_indices(), 0)
+        else:
+            self._start_from(state)
+
+    @property
+    def given(self) -> int:
+        """How many batches lie behind: those that were given, left out, or raised."""
+        return self._given
 
     def _make_indices(self) -> Any:
         return self._source.ds.batch_indices_iterator(self._batch_size, **self._kwargs)  # type: ignore[attr-defined]
@@ -290,6 +314,8 @@ class ParallelIterator(BatchIterator):
         if not self._anchors or self._drawn - self._anchors[-1][0] >= ANCHOR_EVERY:
             save = getattr(self._indices, "state_dict", None)
             self._anchors.append((self._drawn, None if save is None else quiet_state(save)))
+        if self._drawn == self._most:
+            raise StopIteration
         index_batch = next(self._indices)
         self._drawn += 1
         return index_batch
@@ -318,13 +344,17 @@ class ParallelIterator(BatchIterator):
         return [batch] if self._group == 1 else part_batch(batch, sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        while len(self._anchors) > 1 and self._anchors[1][0] <= self._given:
+        return self.state_at(self._given)
+
+    def state_at(self, given: int) -> dict[str, Any]:
+        """The place behind so many batches: not before that of the last state that was asked for."""
+        while len(self._anchors) > 1 and self._anchors[1][0] <= given:
             self._anchors.popleft()
         number, anchor = self._anchors[0]
         if anchor is None:
             state_of(self._indices)  # raises, saying what is missing
-        state = self._state_after(anchor, self._given - number)
-        return {**state, "pool": {"stream": list(self._stream), "number": self._given}}
+        state = self._state_after(anchor, given - number)
+        return {**state, "pool": {"stream": list(self._stream), "number": given}}
 
     def _state_after(self, anchor: Any, skipped: int) -> dict[str, Any]:
         """The state of the indices so many batches behind an anchor: drawn again, with the generator put back after."""
@@ -341,9 +371,13 @@ class ParallelIterator(BatchIterator):
                 self._shuffle.set_state(before)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start_from(state)
+
+    def _start_from(self, state: dict[str, Any]) -> None:
         indices = self._make_indices()
         indices.load_state_dict({name: value for name, value in state.items() if name != "pool"})
-        self._window.close()
+        if hasattr(self, "_window"):
+            self._window.close()
         own = state.get("pool")
         if own is not None:
             self._stream = own["stream"][0], own["stream"][1]
