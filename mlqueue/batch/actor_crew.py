@@ -200,7 +200,7 @@ def as_bytes(content: Any) -> np.ndarray:
 
 def stamped(paths: list[str]) -> bytes:
     """Files as workers are told of them: this host, and what tells whether theirs are of the same version."""
-    return codec.encode([storage.host_name(), [list(storage.stamp(path)) for path in paths]])
+    return codec.encode([storage.host_name(), [list(stamp) for stamp in storage.stamps(paths)]])
 
 
 class Desk:

@@ -97,7 +97,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
 
 
 def _stamps(paths: list[str]) -> list[tuple[int, bytes]]:
-    return [(stamp.size, stamp.probe) for stamp in map(storage.stamp, paths)]
+    return [(stamp.size, stamp.probe) for stamp in storage.stamps(paths)]
 
 
 def _place(value: Any) -> tuple[Any, ...]:

@@ -418,10 +418,10 @@ def same_files(described: bytes, paths: list[str] | None = None) -> list[storage
             "the same data."
         )
     for stamp, path in zip(meant, paths, strict=True):
-        wrong = storage.difference(stamp, host, path)
+        wrong = None if stamp.size < 0 else storage.difference(stamp, host, path)
         if wrong is not None:
             raise Refused(wrong)
-    return [storage.look(path) for path in paths]
+    return [storage.look(path) for stamp, path in zip(meant, paths, strict=True) if stamp.size >= 0]
 
 
 def listed(paths: list[str]) -> str:

@@ -26,7 +26,19 @@ import numpy as np
 from mlqueue.batch.data_source import AbstractDataSource
 from mlqueue.batch.rows import HDF5Rows, as_rows, mapped_root
 
-__all__ = ["Seen", "Stamp", "backing", "changed", "difference", "files_of", "host_name", "look", "missing", "stamp"]
+__all__ = [
+    "Seen",
+    "Stamp",
+    "backing",
+    "changed",
+    "difference",
+    "files_of",
+    "host_name",
+    "look",
+    "missing",
+    "stamp",
+    "stamps",
+]
 
 #: A file of at most so many bytes is read as a whole.
 WHOLE: Final = 1 << 20
@@ -66,6 +78,18 @@ def host_name() -> str:
 def stamp(path: str) -> Stamp:
     """The stamp of a file. Raises OSError where it is missing or cannot be read."""
     return _stamp(look(path))
+
+
+def stamps(paths: Iterable[str]) -> list[Stamp]:
+    """The stamps of files; where there is none on the disk, as of an HDF5 file that is held in memory, one of size -1,
+    which is not compared."""
+    found = []
+    for path in paths:
+        try:
+            found.append(stamp(path))
+        except OSError:
+            found.append(Stamp(path, -1, 0, b""))
+    return found
 
 
 def look(path: str) -> Seen:

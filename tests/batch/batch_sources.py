@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -255,6 +256,14 @@ else:
     @mlq.actor(queue_name="batches")
     def other_code(rows, values):
         return rows
+
+
+@mlq.data_source("scratch")
+def scratch():
+    """Over a file that nobody else sees."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x.npy", X)
+        return ArrayDataSource([np.load(f"{folder}/x.npy", mmap_mode="r")])
 
 
 @mlq.data_source("mapped file")

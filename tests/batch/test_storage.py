@@ -233,6 +233,11 @@ class TestHosts:
         with bench.pool() as pool, pytest.raises(SourceMismatch, match="other content"):
             next(pool.parallel_data_source(ds).batch_iterator(100))
 
+    def test_files_that_a_factory_makes_for_itself_are_not_compared(self, bench, here):
+        ds = bench.module.scratch()
+        with bench.pool() as pool:
+            assert_same(list(ds.batch_iterator(50)), list(pool.parallel_data_source(ds).batch_iterator(50)))
+
     def test_a_file_that_is_replaced_is_read_anew(self, bench, here):
         path = f"{SAME_PATH}/x.npy"
         with bench.pool() as pool:
