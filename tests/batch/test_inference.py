@@ -306,9 +306,11 @@ class TestResume:
 TRAINER = """
 import json, sys
 import batch_sources as module
+from mlqueue.batch import kept
 from mlqueue.batch.actor_pool import ActorPool
+kept.SAVE_EVERY = 0.05
 with ActorPool(module.mlq, workers=2, alone_after=None) as pool:
-    rows, *_ = pool.map_concat(module.numbers(n=3000), "slowly", 10, resume="run", prepend_args=(0.005,))
+    rows, *_ = pool.map_concat(module.numbers(n=3000), "slowly", 10, resume="run", prepend_args=(0.01,))
 print(json.dumps(rows.tolist()))
 """
 

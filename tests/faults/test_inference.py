@@ -15,6 +15,8 @@ from mlqueue import codec
 pytestmark = pytest.mark.faults
 
 SAMPLES, BATCH = 100_000, 50
+#: How long a worker takes for a batch. It is an argument of the function, and so a part of what the run is of.
+SECONDS = 0.004
 
 SOURCES = """
 import os, pathlib, time
@@ -62,15 +64,17 @@ def fleet(fleet: MakeFleet) -> MakeFleet:
     return partial(fleet, actors=SOURCES)
 
 
-def start(here: Fleet, seconds: float) -> subprocess.Popen[bytes]:
-    return here.program(TRAINER, json.dumps([SAMPLES, BATCH, seconds]))
+def start(here: Fleet) -> subprocess.Popen[bytes]:
+    return here.program(TRAINER, json.dumps([SAMPLES, BATCH, SECONDS]))
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
+    """Waits for the end of a trainer, which had something left to do."""
     out, err = process.communicate(timeout=4 * PATIENCE)
     assert process.returncode == 0, err.decode()
     count, stats = json.loads(out)
     assert count == SAMPLES
+    assert stats["prepared"] > 0
     print("\n" + json.dumps(stats), flush=True)
 
 
@@ -96,7 +100,7 @@ def places_are_left(here: Fleet) -> None:
 def test_a_trainer_killed_half_way_goes_on_where_it_was(fleet: MakeFleet) -> None:
     here, half = fleet(), SAMPLES // BATCH // 2
     worker = here.worker(processes=2, threads=1)
-    trainer = start(here, 0.004)
+    trainer = start(here)
     wait_for(lambda: kept(here) >= half or trainer.poll() is not None)
     send(signal.SIGKILL, [trainer.pid])
     trainer.wait()
@@ -105,7 +109,7 @@ def test_a_trainer_killed_half_way_goes_on_where_it_was(fleet: MakeFleet) -> Non
     places_are_left(here)
     before = len(done(here))
     assert before - at < 800, "no more is lost than was done since the last save, and was under way"
-    finish(start(here, 0.0))
+    finish(start(here))
     assert list(range(at * BATCH, SAMPLES, BATCH)) == sorted(done(here)[before:])
     worker.stop()
 
@@ -116,8 +120,8 @@ def test_killed_trainers_workers_and_a_restarted_store(fleet: MakeFleet) -> None
         worker = here.worker(processes=3, threads=1)
         batches = SAMPLES // BATCH
         for part in range(1, 5):
-            trainer = start(here, 0.002)
-            goal = part * batches // 5
+            trainer = start(here)
+            goal = part * batches // 7
             wait_for(lambda goal=goal, trainer=trainer: kept(here) >= goal // 2 or trainer.poll() is not None)
             send(signal.SIGKILL, [pid for pid in worker.pids() if is_alive(pid)][:1])
             if part == 2:
@@ -125,5 +129,5 @@ def test_killed_trainers_workers_and_a_restarted_store(fleet: MakeFleet) -> None
             wait_for(lambda goal=goal, trainer=trainer: kept(here) >= goal or trainer.poll() is not None)
             send(signal.SIGKILL, [trainer.pid])
             trainer.wait()
-        finish(start(here, 0.0))
+        finish(start(here))
         worker.stop()
