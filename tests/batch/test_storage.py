@@ -81,6 +81,17 @@ class TestStamp:
         assert storage.changed(seen)
 
 
+#: Files that tests have opened.
+opened = []
+
+
+@pytest.fixture(autouse=True)
+def closed_in_the_end():
+    yield
+    while opened:
+        opened.pop().close()
+
+
 def files(folder, library):
     """A source over files below a folder, and their paths."""
     folder = str(folder)
@@ -107,12 +118,13 @@ def files(folder, library):
         h5py = pytest.importorskip("h5py")
         with h5py.File(f"{folder}/x.h5", "w") as file:
             file.create_dataset("x", data=X)
-        return ArrayDataSource([h5py.File(f"{folder}/x.h5", "r")["x"]]), [f"{folder}/x.h5"]
+        opened.append(h5py.File(f"{folder}/x.h5", "r"))
+        return ArrayDataSource([opened[-1]["x"]]), [f"{folder}/x.h5"]
     tables = pytest.importorskip("tables")
     with tables.open_file(f"{folder}/x.h5", "w") as file:
         file.create_array("/", "x", obj=(X % 256).astype(np.uint8))
-    file = tables.open_file(f"{folder}/x.h5", "r")
-    return ArrayDataSource([ImageArrayUInt8ToFloat32(file.root.x)]), [f"{folder}/x.h5"]
+    opened.append(tables.open_file(f"{folder}/x.h5", "r"))
+    return ArrayDataSource([ImageArrayUInt8ToFloat32(opened[-1].root.x)]), [f"{folder}/x.h5"]
 
 
 LIBRARIES = ["memmap", "part of a map", "images", "parquet", "h5py", "tables"]
