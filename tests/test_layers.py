@@ -109,7 +109,18 @@ HEAVY = (
 
 #: The modules of mlqueue.batch that know the queue; none of the others imports one of them.
 BATCHES_ON_THE_QUEUE = {
-    f"mlqueue.batch.{name}" for name in ("actor_pool", "actor_crew", "serving", "requests", "links")
+    f"mlqueue.batch.{name}"
+    for name in (
+        "actor_pool",
+        "actor_crew",
+        "applied",
+        "identity",
+        "inference",
+        "kept",
+        "links",
+        "requests",
+        "serving",
+    )
 }
 
 

@@ -30,8 +30,10 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from mlqueue.batch import links, serving
+from mlqueue import codec
+from mlqueue.batch import links, serving, storage
 from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.applied import Applied
 from mlqueue.batch.bell import Bell
 from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
 from mlqueue.batch.errors import BatchSkipped, SourceMismatch
@@ -61,6 +63,8 @@ CUT_OFF_AFTER: Final = 5
 REFUSED_FOR: Final = 2.0
 #: While more slots than this are in use, batches are copied out of theirs as they come. Each takes two descriptors.
 CROWDED: Final = 96
+#: How many different reasons of workers that refuse a source are told.
+MOST_REASONS: Final = 8
 #: How long somebody who has connected may take to say who it is, in seconds.
 HELLO_WITHIN: Final = 5.0
 
@@ -205,6 +209,11 @@ def as_bytes(content: Any) -> np.ndarray:
     return np.frombuffer(content, np.uint8) if memoryview(content).nbytes else np.empty(0, np.uint8)
 
 
+def stamped(paths: list[str]) -> bytes:
+    """Files as workers are told of them: this host, and what tells whether theirs are of the same version."""
+    return codec.encode([storage.host_name(), [list(stamp) for stamp in storage.stamps(paths)]])
+
+
 class Desk:
     """Where leases are given out and workers come. Used by a crew, and by two threads of its own, which must not keep
     the crew alive."""
@@ -243,7 +252,7 @@ class Desk:
         self.alone_since = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=64)  # that the last batches took
         self._ahead = FEWEST_AHEAD
-        self._refused: dict[int, tuple[float, str]] = {}  # sources: since when, and why
+        self._refused: dict[int, tuple[float, list[str]]] = {}  # sources: since when, and why, of each host
         self._looked = time.monotonic()
         self._bell = Bell()
         self._poll = select.poll()
@@ -414,7 +423,8 @@ class Desk:
         self._by_serial[place.peer.serial] = place
         self.come_jobs.append(place.peer.job)
         others = [other for other in self.places.values() if other.known and other is not place and not other.leaving]
-        enough = sum(not other.stalled for other in others) >= self.terms.workers
+        # One that refuses a source is on a host that lacks its files, or has other code: another may be of use.
+        enough = sum(not other.stalled and not other.refuses for other in others) >= self.terms.workers
         if enough or any(other.peer.process == place.peer.process for other in others):
             # A process prepares one batch at a time: others of its threads would only share its global lock.
             place.leaving = True
@@ -520,8 +530,9 @@ class Desk:
         if isinstance(lease.work, BatchCall):
             number = lease.work.source.number
             place.refuses.add(number)
-            if number not in self._refused:
-                self._refused[number] = time.monotonic(), text
+            _, texts = self._refused.setdefault(number, (time.monotonic(), []))
+            if text not in texts and len(texts) < MOST_REASONS:
+                texts.append(text)
                 logger.warning("a worker (process %d) prepares nothing of a source: %s", place.peer.pid, text)
             self._wait(lease)
         else:
@@ -614,10 +625,10 @@ class Desk:
             if lease.done or not isinstance(lease.work, BatchCall) or lease.work.source.number not in self._refused:
                 continue
             number = lease.work.source.number
-            since, text = self._refused[number]
+            since, texts = self._refused[number]
             there = [place for place in self.places.values() if place.known and not place.leaving]
             if there and now - since > REFUSED_FOR and all(number in place.refuses for place in there):
-                self.give_up(lease, SourceMismatch(text))
+                self.give_up(lease, SourceMismatch(" ".join(texts)))
 
     def _note_alone(self) -> None:
         if any(place.is_open for place in self.places.values()):
@@ -649,7 +660,7 @@ class Desk:
         with self.lock:
             if not self.leases:
                 return 0
-            there = sum(place.is_open for place in self.places.values())
+            there = sum(place.is_open and not place.refuses for place in self.places.values())
             return max(0, min(self.terms.workers, max(len(self.leases), 1)) - there)
 
     def snapshot(self) -> PoolStats:
@@ -761,35 +772,50 @@ class ActorCrew(Crew):
 
     def share(self, value: Any, earlier: Any = None) -> Source:
         desk = self.desk
-        reference = getattr(value, "reference", None)
-        if isinstance(reference, Reference) and reference.name in self._named:
-            described: dict[str, Any] = {
-                "name": reference.name,
-                "kwargs": as_bytes(reference.kwargs),
-                "version": self._named[reference.name].version(reference.kwargs),
-            }
-            how = serving.NAMED
-        else:
-            keyring = Keyring(self._keys, PURPOSE)
-            body, buffers = pickle_code(value, refer=self._refer)
-            described = {"body": as_bytes(body), "buffers": [as_bytes(buffer) for buffer in buffers], "signature": None}
-            how = serving.PICKLED
+        described, how = self._describe(value)
         if isinstance(earlier, Source) and earlier.holds(described, how):
             earlier.value = value
             return earlier
         if how == serving.PICKLED:
-            signature = keyring.sign(b"source", described["body"].data, *[part.data for part in described["buffers"]])
+            parts = [described["body"], described["files"], *described["buffers"]]
+            signature = Keyring(self._keys, PURPOSE).sign(b"source", *[part.data for part in parts])
             described["signature"] = as_bytes(signature)
         source = Source(next(self._numbers), value, described, how)
         weakref.finalize(source, desk.forgotten.append, source.number).atexit = False
         return source
+
+    def _describe(self, value: Any) -> tuple[dict[str, Any], int]:
+        """What workers are told of a source, or of a shared constant, and how it travels."""
+        if isinstance(value, Applied) and value.function.name is not None:
+            described, how = self._describe(value.source)
+            return {**described, "function": as_bytes(value.function.described())}, how
+        reference = getattr(value, "reference", None)
+        if isinstance(reference, Reference) and reference.name in self._named:
+            return {
+                "name": reference.name,
+                "kwargs": as_bytes(reference.kwargs),
+                "version": self._named[reference.name].version(reference.kwargs),
+                "files": as_bytes(stamped(storage.files_of(value))),
+            }, serving.NAMED
+        Keyring(self._keys, PURPOSE)  # raises where there is no key
+        paths: dict[str, None] = {}
+        body, buffers = pickle_code(
+            value, refer=self._refer, by_path=lambda part: paths.update(dict.fromkeys(storage.backing(part) or ()))
+        )
+        return {
+            "body": as_bytes(body),
+            "buffers": [as_bytes(buffer) for buffer in buffers],
+            "files": as_bytes(stamped(list(paths))),
+            "signature": None,
+        }, serving.PICKLED
 
     def _refer(self, part: Any) -> Any:
         """How a source that has a name is pickled among the parts of another."""
         reference = getattr(part, "reference", None)
         if not isinstance(reference, Reference) or reference.name not in self._named:
             return NotImplemented
-        return serving.by_reference, (*reference, self._named[reference.name].version(reference.kwargs))
+        version, files = self._named[reference.name].version(reference.kwargs), stamped(storage.files_of(part))
+        return serving.by_reference, (*reference, version, files)
 
     def submit(self, work: Work) -> Lease:
         return self.desk.give_out(work, encode_request(work, self._keys))

@@ -29,9 +29,14 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Final, get_args
 
+import dramatiq
+import numpy as np
+
 from mlqueue import codec
 from mlqueue.app import MLQ
 from mlqueue.batch.actor_crew import ActorCrew, Desk, Policy, PoolStats, Terms
+from mlqueue.batch.data_source import AbstractDataSource
+from mlqueue.batch.inference import Run, batch_function
 from mlqueue.batch.work_pool import AbstractWorkerPool, at_least_one
 from mlqueue.errors import InvalidJob, JobNotFound, StoreError
 from mlqueue.job import seconds
@@ -111,6 +116,94 @@ class ActorPool(AbstractWorkerPool):
             serving_actor(mlq, queue_name)
         open_staff = partial(_open_staff, mlq, queue_name)
         super().__init__(ActorCrew(terms, mlq.settings.signing_keys, mlq.sources, open_staff))
+
+    def map_concat(
+        self,
+        source: AbstractDataSource,
+        actor: str | dramatiq.Actor[..., Any] | Callable[..., Any],
+        batch_size: int,
+        *,
+        resume: str | os.PathLike[str] | None = None,
+        progress_iter_func: Callable[..., Any] | None = None,
+        n_batches: int | None = None,
+        prepend_args: tuple[Any, ...] | None = None,
+        batch_buffer_size: int = 20,
+        **kwargs: Any,
+    ) -> tuple[np.ndarray, ...] | None:
+        """Apply a function to a whole data source in the workers, and join what it returns along axis 0, in order.
+
+        Parameters:
+          source: A data source with access by index.
+          actor: An actor of this app, or its name: workers that have it call its function, ``fn(*prepend_args,
+            *batch)``, with the arrays of each batch (a batch that is a dict is one argument). It returns an array with
+            a row for each sample, a tuple or list of arrays, or None for a batch to be left out. A function that is no
+            actor is sent as code, which needs a signing key.
+          batch_size: Samples in a batch.
+          resume: A folder in which results are kept as they come. A run that was stopped or killed goes on where it
+            was, each sample once; one that has ended is given again at once. It has to be that of the same source in
+            the same version, the same batch size, order and function.
+          progress_iter_func: ``tqdm``, or anything that is called like it: ``(iterator, total=, leave=False)``.
+          n_batches: Stop after so many.
+          prepend_args: What the function is given first: for an actor, values that the codec carries.
+          batch_buffer_size: How many batches are under way at a time, at least 1.
+          kwargs: For ``source.batch_iterator``: ``shuffle=``, ``epoch=``, ``drop_last=``.
+
+        Returns a tuple with one array for each that the function returns, None when it returned nothing at all. With
+        `resume` they are read-only maps of the files in the folder, and no more than the batches under way is in
+        memory. Raises what the function raises, with the samples' indices; what was given before is kept. Raises
+        StateError where the folder holds a run of something else, BatchError where another process writes it.
+        """
+        function = batch_function(self.mlq, actor, prepend_args)
+        run = Run(
+            self.mlq,
+            self,
+            source,
+            function,
+            batch_size,
+            n_batches=n_batches,
+            buffer=batch_buffer_size,
+            progress=progress_iter_func,
+            folder=resume,
+            kwargs=kwargs,
+        )
+        return run.concatenated()
+
+    def map_mean(
+        self,
+        source: AbstractDataSource,
+        actor: str | dramatiq.Actor[..., Any] | Callable[..., Any],
+        batch_size: int,
+        *,
+        sum_axis: int | tuple[int, ...] | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        progress_iter_func: Callable[..., Any] | None = None,
+        n_batches: int | None = None,
+        prepend_args: tuple[Any, ...] | None = None,
+        batch_buffer_size: int = 20,
+        **kwargs: Any,
+    ) -> tuple[Any, ...] | None:
+        """Apply a function to a whole data source in the workers, and average what it returns over all samples.
+
+        The function returns, for its batch, the sum over the samples (a number or an array), or a tuple or list of
+        such, or None; with `sum_axis` it returns values a sample, that are summed over that axis in the worker. The
+        other arguments are those of `map_concat`; with `resume` the folder holds the sums. They are added in float64,
+        in the order of the batches, whoever prepared them: the mean is that of ``source.batch_map_mean``, bit for bit.
+        Returns a tuple of float64, numbers or arrays; None when nothing was returned at all.
+        """
+        function = batch_function(self.mlq, actor, prepend_args, sums=True, axis=sum_axis)
+        run = Run(
+            self.mlq,
+            self,
+            source,
+            function,
+            batch_size,
+            n_batches=n_batches,
+            buffer=batch_buffer_size,
+            progress=progress_iter_func,
+            folder=resume,
+            kwargs=kwargs,
+        )
+        return run.mean()
 
     def stats(self) -> PoolStats:
         """How the work goes: what was prepared and given, who waited for whom, how many workers are there."""

@@ -6,7 +6,7 @@
     └── BatchError
         ├── StateError       a saved state does not fit the iterator, or there is none to save
         ├── SourceFailed     a worker could not make a data source
-        ├── SourceMismatch   no worker has the data source, or all have another version of it
+        ├── SourceMismatch   no worker has the data source, or its files, or all have another version of them
         ├── BatchSkipped     a batch was left out (policy skip); iterators go on to the next
         └── SampleError      a sample could not be read; carries its index
             └── TooManySkips more samples than allowed could not be read
@@ -32,7 +32,7 @@ class SourceFailed(BatchError):
 
 
 class SourceMismatch(BatchError):
-    """No worker can prepare batches of this data source."""
+    """No worker can prepare batches of this data source: the text says what each host lacks."""
 
 
 class BatchSkipped(BatchError):

@@ -245,6 +245,7 @@ def describe_error(error: BaseException) -> dict[str, Any]:
         "text": safe_text(error),
         "traceback": "".join(traceback.format_exception(type(error), error, trace)),
         "pid": os.getpid(),
+        "host": socket.gethostname(),
     }
 
 

@@ -35,10 +35,10 @@ def batch_map_concat(
     """
     parts: list[list[np.ndarray]] = []
     for _, results in _results(func, batch_iter, progress_iter_func, n_batches, prepend_args, total):
-        arrays = [_array(result) for result in results]
+        arrays = [as_array(result) for result in results]
         if not parts:
             parts = [[] for _ in arrays]
-        _same_number(len(parts), len(arrays))
+        same_number(len(parts), len(arrays))
         for part, array in zip(parts, arrays, strict=True):
             part.append(array)
     return tuple(np.concatenate(part, axis=0) for part in parts) if parts else None
@@ -67,10 +67,10 @@ def batch_map_mean(
         n_samples += batch_length(batch)
         if results is None:
             continue
-        terms = [_sum(result, sum_axis) for result in results]
+        terms = [as_sum(result, sum_axis) for result in results]
         if not sums:
             sums = [np.zeros_like(term) for term in terms]
-        _same_number(len(sums), len(terms))
+        same_number(len(sums), len(terms))
         sums = [so_far + term for so_far, term in zip(sums, terms, strict=True)]
     return tuple(np.float64(s / n_samples) if s.ndim == 0 else s / n_samples for s in sums) if sums else None
 
@@ -103,7 +103,8 @@ def _results(
             yield batch, (result,)
 
 
-def _array(result: Any) -> np.ndarray:
+def as_array(result: Any) -> np.ndarray:
+    """A result that is to be joined with those of other batches. Raises TypeError or ValueError where it cannot be."""
     if not isinstance(result, np.ndarray):
         raise TypeError(f"the function must return arrays, a tuple of them, or None; got a {type(result).__name__}.")
     if result.ndim == 0:
@@ -111,7 +112,8 @@ def _array(result: Any) -> np.ndarray:
     return result
 
 
-def _sum(result: Any, axis: int | tuple[int, ...] | None) -> np.ndarray:
+def as_sum(result: Any, axis: int | tuple[int, ...] | None) -> np.ndarray:
+    """The sum over the samples of a batch, as float64. Raises TypeError, or ValueError, for what is none."""
     if not isinstance(result, np.ndarray | np.generic | int | float):
         raise TypeError(
             f"the function must return numbers or arrays, a tuple of them, or None; got a {type(result).__name__}."
@@ -126,6 +128,7 @@ def _sum(result: Any, axis: int | tuple[int, ...] | None) -> np.ndarray:
     return np.array(result, np.float64)
 
 
-def _same_number(before: int, now: int) -> None:
+def same_number(before: int, now: int) -> None:
+    """Raises ValueError unless batches give the same number of results."""
     if before != now:
         raise ValueError(f"the function returned {before} results for the batches before, and {now} for this one.")

@@ -127,6 +127,6 @@ def rebuild_error(described: dict[str, Any], work: Work, keys: tuple[str, ...]) 
             error = kind(described["text"])
     if not isinstance(error, BaseException):
         error = WorkerError(f"{described['type']}: {described['text']}")
-    error.add_note(f"Raised in worker process {described['pid']} by {work}.")
+    error.add_note(f"Raised in worker process {described['pid']} of host {described['host']} by {work}.")
     error.add_note("The traceback there:\n" + described["traceback"].rstrip())
     return error

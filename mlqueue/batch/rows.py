@@ -13,11 +13,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["HDF5Rows", "as_rows", "is_array_like", "lender", "reader"]
+__all__ = ["HDF5Rows", "as_rows", "is_array_like", "lender", "mapped_root", "reader"]
 
 #: Only one thread at a time may be inside the HDF5 library as PyTables uses it.
 HDF5_LOCK = threading.RLock()
@@ -40,6 +41,17 @@ def as_rows(x: Any) -> Any:
     if h5py is not None and isinstance(x, h5py.Dataset):
         return HDF5Rows(x, x.file.filename, x.name, "h5py")
     return x
+
+
+def mapped_root(array: np.ndarray) -> np.memmap[Any, Any] | None:
+    """The memory map of a file in which an array lies; None where it lies in none."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap) and not isinstance(base.base, np.ndarray):
+            is_open: bool = base.filename is not None  # else the result of an operation with one
+            return base if is_open else None
+        base = base.base
+    return None
 
 
 def reader(x: Any) -> Reader:
@@ -150,9 +162,14 @@ class HDF5Rows:
         self._closing: weakref.finalize[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        # Whoever opens it may have another working directory.
+        return {**self.__dict__, "filename": str(Path(self.filename).absolute()), "_node": None, "_closing": None}
+
+    def flush(self) -> None:
+        """Have the file hold what was written to it through this node's library."""
         with HDF5_LOCK, contextlib.suppress(Exception):
             (self._node._v_file if self.library == "tables" else self._node.file).flush()
-        return {**self.__dict__, "_node": None, "_closing": None}
 
     def close(self) -> None:
         """Let the node go, and close the file if it was opened here; the next read opens it again."""

@@ -17,8 +17,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from mlqueue.batch import links
+from mlqueue import codec
+from mlqueue.batch import links, storage
 from mlqueue.batch import pool_worker as worker
+from mlqueue.batch.applied import Applied, BatchFunction, function_of
 from mlqueue.batch.errors import SourceFailed
 from mlqueue.batch.links import Link, Order
 from mlqueue.batch.requests import PURPOSE, decode_request, describe_error, signature_of
@@ -78,6 +80,12 @@ class Shelf:
                     self._sweeper.start()
             return value
 
+    def forget(self, key: Any) -> None:
+        """Let go of one."""
+        with self._lock:
+            self._kept.pop(key, None)
+            self._used.pop(key, None)
+
     def touch(self, key: Any) -> None:
         """It is being used."""
         with self._lock:
@@ -118,9 +126,9 @@ def constant(number: int) -> Any:
     return _serving().constant(number)
 
 
-def by_reference(name: str, kwargs: bytes, version: str) -> Any:
+def by_reference(name: str, kwargs: bytes, version: str, files: bytes) -> Any:
     """The source of this name; what the pickle of one calls that has it among its parts."""
-    return _serving().named(name, kwargs, version)
+    return _serving().named(name, kwargs, version, files)
 
 
 def _serving() -> Serving:
@@ -141,7 +149,8 @@ def serve(
     link = links.connect(address, job.id)
     if link is None:
         return 0
-    serving = Serving(link, sources, broker.settings.signing_keys, Patience(broker, job, terms))
+    patience = Patience(broker, job, terms)
+    serving = Serving(link, sources, broker.actors, broker.settings.signing_keys, patience)
     stopped = threading.Event()
     beat = threading.Thread(
         target=_beat, args=(link, terms["lease"] / 4, stopped), name="mlqueue-batch-beat", daemon=True
@@ -206,12 +215,13 @@ class Serving:
         self,
         link: Link,
         sources: Mapping[str, NamedSource[..., Any]],
+        actors: Mapping[str, Any],
         keys: tuple[str, ...],
         patience: Patience,
     ) -> None:
         #: How many batches were prepared here.
         self.prepared = 0
-        self._link, self._sources, self._keys, self._patience = link, sources, keys, patience
+        self._link, self._sources, self._actors, self._keys, self._patience = link, sources, actors, keys, patience
         self._announced: dict[int, Order] = {}
         self._made: dict[int, tuple[Any, Any]] = {}  # of sources: key on the shelf, value or exception
         self._tidied = time.monotonic()
@@ -312,18 +322,24 @@ class Serving:
             described = read_description(whole, order.place, order.length)(whole, None)
             if order.how == NAMED:
                 reference = described["name"], described["kwargs"].tobytes(), described["version"]
-                return ("named", *reference), self.named(*reference)
-            return self._load(described)
+                files = described["files"].tobytes()
+                key, value = self._key_of(*reference, files), self.named(*reference, files)
+            else:
+                key, value = self._load(described)
+            if "function" in described:
+                value = Applied(value, self._function(described["function"].tobytes()))
+            return key, value
         except Refused as refusal:
             return None, refusal
         except Exception as error:  # noqa: BLE001 - a factory may raise anything: each of its batches does, then
-            failed = SourceFailed(f"the data source could not be made: {type(error).__name__}: {error}")
+            text = f"the data source could not be made on host {storage.host_name()}: {type(error).__name__}: {error}"
+            failed = SourceFailed(text)
             failed.__cause__ = error
             return None, failed
         finally:
             segment.close()
 
-    def named(self, name: str, kwargs: bytes, version: str) -> Any:
+    def named(self, name: str, kwargs: bytes, version: str, files: bytes) -> Any:
         """The source of this name, if it is the one that is meant."""
         named = self._sources.get(name)
         if named is None:
@@ -332,29 +348,100 @@ class Serving:
                 f"this worker has no data source {name!r} (it has: {known}); start it with the module that registers "
                 "it: mlqueue worker MODULE."
             )
-        own = named.version(kwargs)
+        own = found(lambda: named.version(kwargs))
         if own != version:
             raise Refused(
                 f"the data source {name!r} is of version {own} in this worker and of {version} in the trainer "
                 "(code of the factory/version=); start both with the same code, on the same data."
             )
-        return shelf.get(("named", name, kwargs, version), lambda: named.make(kwargs))
+
+        def make() -> tuple[Any, list[storage.Seen]]:
+            source = found(lambda: named.make(kwargs))
+            # A factory may have its files elsewhere on each host: they are compared in their order.
+            return source, same_files(files, storage.files_of(source))
+
+        return kept(self._key_of(name, kwargs, version, files), make)
+
+    def _key_of(self, name: str, kwargs: bytes, version: str, files: bytes) -> Any:
+        return "named", name, kwargs, version, files
 
     def _load(self, described: dict[str, Any]) -> tuple[Any, Any]:
-        body, buffers, signature = described["body"], described["buffers"], described["signature"].tobytes()
+        body, files, buffers = described["body"], described["files"], described["buffers"]
+        signature = described["signature"].tobytes()
 
-        def load() -> Any:
-            Keyring(self._keys, PURPOSE).verify(signature, b"source", body.data, *[part.data for part in buffers])
-            return worker.load(body, buffers)
+        def load() -> tuple[Any, list[storage.Seen]]:
+            parts = [body.data, files.data, *[part.data for part in buffers]]
+            Keyring(self._keys, PURPOSE).verify(signature, b"source", *parts)
+            seen = same_files(files.tobytes())
+            return found(lambda: worker.load(body, buffers)), seen
 
         # The signature says what is meant: another source has another one.
         key = ("pickled", signature)
         try:
-            return key, shelf.get(key, load)
+            return key, kept(key, load)
         except (SignatureInvalid, SigningKeyMissing) as error:
             raise Refused(str(error)) from None
+
+    def _function(self, described: bytes) -> BatchFunction:
+        """The function of an actor that is applied to the batches of a source."""
+        name, version, more = codec.decode(described)
+        actor = self._actors.get(name)
+        if actor is None:
+            raise Refused(
+                f"this worker has no actor {name!r}; start it with the module that declares it: mlqueue worker MODULE."
+            )
+        function = BatchFunction(function_of(actor), name, **more)
+        if version and function.version != version:
+            raise Refused(
+                f"the actor {name!r} has other code in this worker (host {storage.host_name()}) than in the trainer; "
+                "start both with the same code."
+            )
+        return function
 
     def close(self) -> None:
         self._link.close()
         for number in list(self._announced):
             self._forget(number)
+
+
+def kept(key: Any, make: Callable[[], tuple[Any, list[storage.Seen]]]) -> Any:
+    """The source on the shelf; made anew where a file that it reads has been touched since it was made."""
+    source, files = shelf.get(key, make)
+    if storage.changed(files):
+        shelf.forget(key)
+        source, _ = shelf.get(key, make)
+    return source
+
+
+def found(make: Callable[[], Any]) -> Any:
+    """What `make` gives; Refused, with host and path, where it misses a file."""
+    try:
+        return make()
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise Refused(storage.missing(str(error.filename or "a file"), error)) from error
+
+
+def same_files(described: bytes, paths: list[str] | None = None) -> list[storage.Seen]:
+    """The files that a source reads on this host, if they are those that the trainer has; else Refused.
+
+    `paths`: where they are here; where the trainer has them when None.
+    """
+    host, stamps = codec.decode(described)
+    meant = [storage.Stamp(*fields) for fields in stamps]
+    paths = [stamp.path for stamp in meant] if paths is None else paths
+    if len(paths) != len(meant):
+        raise Refused(
+            f"the data source reads {len(paths)} files on host {storage.host_name()} ({listed(paths)}) and "
+            f"{len(meant)} on the trainer's host {host} ({listed([stamp.path for stamp in meant])}); start both with "
+            "the same data."
+        )
+    for stamp, path in zip(meant, paths, strict=True):
+        wrong = None if stamp.size < 0 else storage.difference(stamp, host, path)
+        if wrong is not None:
+            raise Refused(wrong)
+    return [storage.look(path) for stamp, path in zip(meant, paths, strict=True) if stamp.size >= 0]
+
+
+def listed(paths: list[str]) -> str:
+    """Some paths as a text."""
+    return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "") or "none"

@@ -6,6 +6,7 @@ What stands in the way of reading a sample is dealt with by a policy: see :class
 from __future__ import annotations
 
 import importlib
+import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ __all__ = [
     "webdataset_source",
 ]
 
+#: Of the files of a folder, so many are looked at to see whether another host has the same.
+LOOKED_AT = 64
 #: The endings of files that are taken for images.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -177,6 +180,22 @@ class ImageFolder:
             )
         self.y = np.array(labels, np.int32)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The paths alone, and those below the folder without it; whoever reads may have another working directory.
+        root = str(self.root.absolute())
+        names = [str(path.absolute()).removeprefix(root + os.sep) for path in self.paths]
+        return {**self.__dict__, "root": root, "paths": names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.root = Path(state["root"])
+        self.paths = [self.root / name for name in state["paths"]]
+
+    def backing_files(self) -> list[str]:
+        """Some of the files, evenly spread: by them another host sees whether it has the same folder."""
+        places = np.linspace(0, len(self.paths) - 1, min(LOOKED_AT, len(self.paths)))
+        return [str(self.paths[round(place)]) for place in places]
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -257,7 +276,11 @@ class ParquetRows:
         self._kept: tuple[int, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "path": self.path.absolute(), "_kept": None}
+
+    def backing_files(self) -> list[str]:
+        """The file."""
+        return [str(self.path)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

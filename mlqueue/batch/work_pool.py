@@ -229,9 +229,18 @@ class ParallelDataSource(AbstractDataSource):
 
         The first batches are being prepared when this returns. ``copy`` goes before that of this source.
         """
+        return self.resume(None, batch_size, **kwargs)
+
+    def resume(
+        self, state: dict[str, Any] | None, batch_size: int, most: int | None = None, **kwargs: Any
+    ) -> ParallelIterator:
+        """As :meth:`batch_iterator`, at once from a state on (None: from the beginning), without what comes before.
+
+        `most`: no batch is prepared beyond this number, counted from the beginning.
+        """
         how: Literal["lend", "view"] = "lend" if kwargs.pop("copy", self.copy) else "view"
         self._shared = self.pool._crew.share(self.ds, self._shared)
-        return ParallelIterator(self, batch_size, kwargs, how)
+        return ParallelIterator(self, batch_size, kwargs, how, state, most)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ParallelDataSource:
         """One part of every epoch, prepared by the same pool; see ``RandomAccessDataSource.shard``."""
@@ -243,8 +252,8 @@ class Drawing:
     """The index batches of an iterator, drawn as work for a crew. It knows nothing of the iterator, which so ends with
     the last reference to it."""
 
-    def __init__(self, indices: Any, number: int, group: int) -> None:
-        self.indices, self._drawn, self._group = indices, number, group
+    def __init__(self, indices: Any, number: int, group: int, most: int | None = None) -> None:
+        self.indices, self._drawn, self._group, self._most = indices, number, group, most
         #: Of the groups under way: the numbers of samples.
         self.sizes: deque[list[int]] = deque()
         #: Number of a batch, and the state of the indices before it.
@@ -271,6 +280,8 @@ class Drawing:
         if not self.anchors or self._drawn - self.anchors[-1][0] >= ANCHOR_EVERY:
             save = getattr(self.indices, "state_dict", None)
             self.anchors.append((self._drawn, None if save is None else quiet_state(save)))
+        if self._drawn == self._most:
+            raise StopIteration
         index_batch = next(self.indices)
         self._drawn += 1
         return index_batch
@@ -284,14 +295,29 @@ class ParallelIterator(BatchIterator):
     """
 
     def __init__(
-        self, source: ParallelDataSource, batch_size: int, kwargs: dict[str, Any], how: Literal["lend", "view"]
+        self,
+        source: ParallelDataSource,
+        batch_size: int,
+        kwargs: dict[str, Any],
+        how: Literal["lend", "view"],
+        state: dict[str, Any] | None = None,
+        most: int | None = None,
     ) -> None:
         self._source, self._batch_size, self._kwargs, self._how = source, batch_size, kwargs, how
+        self._most = most
         self._shared = source._shared
         self._shuffle = as_shuffle(kwargs.get("shuffle"))
         self._stream = noise_entropy(self._shuffle), int(kwargs.get("epoch", 0))
         self._closed = False
-        self._start(self._make_indices(), 0)
+        if state is None:
+            self._start(self._make_indices(), 0)
+        else:
+            self._start_from(state)
+
+    @property
+    def given(self) -> int:
+        """How many batches lie behind: those that were given, left out, or raised."""
+        return self._given
 
     def _make_indices(self) -> Any:
         return self._source.ds.batch_indices_iterator(self._batch_size, **self._kwargs)  # type: ignore[attr-defined]
@@ -301,7 +327,7 @@ class ParallelIterator(BatchIterator):
         self._parts: deque[Any] = deque()  # batches of a group that are to be given
         crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
         self._group = group_size(self._source.ds, self._batch_size, ahead // (2 * crew.workers))
-        self._drawing = Drawing(indices, number, self._group)
+        self._drawing = Drawing(indices, number, self._group, self._most)
         calls = self._drawing.calls(self._shared, self._stream, crew.empty)
         self._window = Window(crew, calls, ahead // self._group, self._how)
 
@@ -329,14 +355,18 @@ class ParallelIterator(BatchIterator):
         return [batch] if self._group == 1 else part_batch(batch, sizes)
 
     def state_dict(self) -> dict[str, Any]:
+        return self.state_at(self._given)
+
+    def state_at(self, given: int) -> dict[str, Any]:
+        """The place behind so many batches: not before that of the last state that was asked for."""
         anchors = self._drawing.anchors
-        while len(anchors) > 1 and anchors[1][0] <= self._given:
+        while len(anchors) > 1 and anchors[1][0] <= given:
             anchors.popleft()
         number, anchor = anchors[0]
         if anchor is None:
             state_of(self._drawing.indices)  # raises, saying what is missing
-        state = self._state_after(anchor, self._given - number)
-        return {**state, "pool": {"stream": list(self._stream), "number": self._given}}
+        state = self._state_after(anchor, given - number)
+        return {**state, "pool": {"stream": list(self._stream), "number": given}}
 
     def _state_after(self, anchor: Any, skipped: int) -> dict[str, Any]:
         """The state of the indices so many batches behind an anchor: drawn again, with the generator put back after."""
@@ -353,9 +383,13 @@ class ParallelIterator(BatchIterator):
                 self._shuffle.set_state(before)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start_from(state)
+
+    def _start_from(self, state: dict[str, Any]) -> None:
         indices = self._make_indices()
         indices.load_state_dict({name: value for name, value in state.items() if name != "pool"})
-        self._window.close()
+        if hasattr(self, "_window"):
+            self._window.close()
         own = state.get("pool")
         if own is not None:
             self._stream = own["stream"][0], own["stream"][1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -172,3 +173,99 @@ if os.environ.get("BATCH_TESTS_TRAINER") != "1":
     @mlq.data_source("changed")
     def changed_before():
         return ArrayDataSource([np.arange(10) + 1])
+
+
+# --- whole data sets ---
+
+
+@mlq.data_source("numbers")
+def numbers(n):
+    return FunctionDataSource(as_rows, n)
+
+
+def as_rows(indices):
+    return (np.asarray(indices), np.sqrt(np.asarray(indices))[:, None] * np.arange(3))
+
+
+@mlq.actor(queue_name="batches")
+def score(rows, values, seconds=0.0):
+    mark(f"scored {rows[0]}")
+    time.sleep(seconds)
+    return rows, values.sum(axis=1), values.astype(np.float16)
+
+
+@mlq.actor(queue_name="batches")
+def slowly(seconds, rows, values):
+    return score.fn(rows, values, seconds)
+
+
+@mlq.actor(queue_name="batches")
+def cut(bad, rows, values):
+    """Fails for a sample, while a file says so."""
+    if bad in rows and (FOLDER / "cut").exists():
+        raise ValueError("sample is cut")
+    return score.fn(rows, values)
+
+
+@mlq.actor(queue_name="batches")
+def total(rows, values):
+    return rows.sum(), values.sum(axis=0)
+
+
+@mlq.actor(queue_name="batches")
+def values_of(batch):
+    return batch["x"] * 2
+
+
+@mlq.actor(queue_name="batches")
+def noisy(rows, values, rng):
+    return values + rng.normal(size=values.shape)
+
+
+@mlq.actor(queue_name="batches")
+def odd_ones(rows, values):
+    return None if rows[0] % 2 == 0 else rows
+
+
+@mlq.actor(queue_name="batches")
+def texts(rows, values):
+    return ", ".join(map(str, rows))
+
+
+@mlq.actor(queue_name="batches")
+def objects(rows, values):
+    return np.array([{"row": row} for row in rows])
+
+
+@mlq.actor(queue_name="batches")
+async def asynchronous(rows, values):
+    return rows
+
+
+if os.environ.get("BATCH_TESTS_TRAINER") != "1":
+
+    @mlq.actor(queue_name="batches")
+    def only_workers(rows, values):
+        return rows + 1
+
+    @mlq.actor(queue_name="batches")
+    def other_code(rows, values):
+        return rows + 1
+else:
+
+    @mlq.actor(queue_name="batches")
+    def other_code(rows, values):
+        return rows
+
+
+@mlq.data_source("scratch")
+def scratch():
+    """Over a file that nobody else sees."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x.npy", X)
+        return ArrayDataSource([np.load(f"{folder}/x.npy", mmap_mode="r")])
+
+
+@mlq.data_source("mapped file")
+def mapped_file(path):
+    return ArrayDataSource([np.load(path, mmap_mode="r")])
