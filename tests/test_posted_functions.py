@@ -512,6 +512,7 @@ def test_with_nothing_but_functions_that_cannot_be_loaded_jobs_for_all_wait(
     with pytest.raises(JobFailed):
         run(mlq, 1, functions=["bird"])
     assert (job.done, job.record.attempt) == (False, 0)
+    assert "waits for a worker that has listener functions; none of queue default does." in str(job.why())
 
 
 # What may be posted
