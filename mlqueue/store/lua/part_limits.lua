@@ -72,6 +72,12 @@ make_limits = function()
     end
   end
 
+  -- Whether the queue timeout of a waiting job is over: it holds up nobody while it lacks slots, but ends at once.
+  local function over(id)
+    local at = tonumber(call('HGET', jkey(id), 'U'))
+    return at and at <= NOW
+  end
+
   -- Gives an attempt of a job the slots that it needs, and returns them packed: for each limit its name, the slots, and
   -- where they are only lent the attempts that get them back, the first of them that runs still. lent: by name the slots
   -- and these attempts.
@@ -268,7 +274,7 @@ make_limits = function()
       else
         local needs = made.needs(lane.actor, group)
         local name, number = made.lacking(needs, lane.score)
-        if not name then
+        if not name or over(id) then
           return id, needs, group
         end
         if not string.find(name, '/', 1, true) then
@@ -283,7 +289,7 @@ make_limits = function()
   end
 
   -- The job of a lane that is to be started next, what it needs, and its group where it stands in one; nil when none
-  -- may start, and the lane is parked.
+  -- may start, and the lane is parked. One whose time is over may lack what it needs: `start` ends it.
   -- lane: queue, lane, actor, key of the shelf, letter of the shelf.
   function made.first(lane)
     if lane.shelf == 'q' and grouped(lane.lane) then
@@ -296,7 +302,7 @@ make_limits = function()
     local group = grouped(lane.lane) and call('HGET', jkey(id), 'E') or nil
     local needs = made.needs(lane.actor, group)
     local name, number = made.lacking(needs, lane.score)
-    if name then
+    if name and not over(id) then
       wait_for(name, number, lane)
       return nil
     end
