@@ -129,7 +129,9 @@ def test_a_slot_that_is_free_is_taken_by_another_worker_within_50_ms(
         twin.actor(actor.fn, actor_name=actor.actor_name, queue_name=actor.queue_name, resources={"gpu": 1})
     worker = start_worker(twin, threads=1, queues={"two"})
     try:
-        jobs = [actor.submit() for _ in range(8) for actor in (first, second)]
+        jobs = [first.submit()]
+        eventually(lambda: jobs[0].state is not State.QUEUED)  # else the other worker might be up before this one
+        jobs += [second.submit(), *(actor.submit() for _ in range(7) for actor in (first, second))]
         ended(jobs)
     finally:
         worker.stop(timeout=10_000)
