@@ -18,8 +18,11 @@ TEST_PROCESSES ?= 3
 test: $(READY)
 	"$(BIN)/python" -m pytest -q -n $(TEST_PROCESSES) --dist worksteal $(TESTS)
 
+# Two processes, since most of these wait for something, too. Each test adds what it counted to out/faults.jsonl.
 faults: $(READY)
-	"$(BIN)/python" -m pytest -q -s --timeout 600 -m "faults and not faults_long"
+	@mkdir -p out && rm -f out/faults.jsonl
+	FAULTS_REPORT="$(CURDIR)/out/faults.jsonl" "$(BIN)/python" -m pytest -q -n 2 --dist worksteal --timeout 600 -m "faults and not faults_long"; \
+	status=$$?; cat out/faults.jsonl; exit $$status
 
 faults-long: $(READY)
 	FAULTS_LONG=1 "$(BIN)/python" -m pytest -q -s --timeout 3600 -m "faults or faults_long"

@@ -37,6 +37,9 @@ TOP_SIZE: Final = 64
 #: Of a slot: checksum of the rest, whether it runs, length of its id, attempt, hard and soft deadline, limits, grace,
 #: by how much it was prolonged.
 _HEAD: Final = struct.Struct("<I?HIdddddd")
+_NAME: Final = struct.Struct("<?HI")
+_LIMITS: Final = struct.Struct("<dddddd")
+_NO_LIMITS: Final = _LIMITS.pack(*[math.inf] * 5, 0.0)
 
 
 @dataclasses.dataclass(slots=True)
@@ -100,20 +103,12 @@ class Board:
 
     def begin(self, entry: Entry) -> Slot | None:
         """Writes down a job that is about to begin; None when there is no room."""
-        with self._lock:
-            if self._free:
-                number = self._free.pop()
-            elif self._used < SLOTS:
-                number = self._used
-                self._used += 1
-                self._write_top()
-            else:
-                if not self._short:
-                    self._short = True
-                    self._write_top()
-                return None
-            first = entry.limited and not self._limited
-            if first:
+        number = self._place()
+        if number is None:
+            return None
+        first = entry.limited and not self._limited
+        if first:
+            with self._lock:
                 self._limited = True
                 self._write_top()
         self._write(number, entry)
@@ -121,26 +116,45 @@ class Board:
             self.on_limited()
         return Slot(self, number, entry)
 
+    def begin_unlimited(self, job_id: str, attempt: int) -> Slot | None:
+        """The same for a job without any limit, as most are."""
+        number = self._place()
+        if number is None:
+            return None
+        name = job_id.encode()
+        self._put(number, _NAME.pack(True, len(name), attempt) + _NO_LIMITS + name)
+        return Slot(self, number, None)
+
+    def _place(self) -> int | None:
+        """A free slot; None when there is none, which the other process is told."""
+        try:
+            return self._free.pop()  # in any thread, without a lock
+        except IndexError:
+            pass
+        with self._lock:
+            if self._used < SLOTS:
+                self._used += 1
+                self._write_top()
+                return self._used - 1
+            if not self._short:
+                self._short = True
+                self._write_top()
+            return None
+
     def _write_top(self) -> None:
         _TOP.pack_into(self._memory, 0, self._used, self._short, self._limited)
 
     def _write(self, number: int, entry: Entry) -> None:
         name = entry.job_id.encode()
-        data = _HEAD.pack(
-            0,
-            entry.running,
-            len(name),
-            entry.attempt,
-            entry.hard,
-            entry.soft,
-            entry.hard_limit,
-            entry.soft_limit,
-            entry.grace,
-            entry.extended_by,
+        head = _NAME.pack(entry.running, len(name), entry.attempt)
+        limits = _LIMITS.pack(
+            entry.hard, entry.soft, entry.hard_limit, entry.soft_limit, entry.grace, entry.extended_by
         )
-        rest = data[4:] + name
+        self._put(number, head + limits + name)
+
+    def _put(self, number: int, data: bytes) -> None:
         at = TOP_SIZE + number * SLOT_SIZE
-        self._memory[at : at + 4 + len(rest)] = zlib.crc32(rest).to_bytes(4, "little") + rest
+        self._memory[at : at + 4 + len(data)] = zlib.crc32(data).to_bytes(4, "little") + data
 
     # For the process that looks after it
 
@@ -175,15 +189,24 @@ class Board:
 class Slot:
     """The place of one job on a board, as long as it is in hand."""
 
-    __slots__ = ("_board", "_number", "entry")
+    __slots__ = ("_board", "_ended", "_number", "entry")
 
-    def __init__(self, board: Board, number: int, entry: Entry) -> None:
+    def __init__(self, board: Board, number: int, entry: Entry | None) -> None:
         self._board = board
         self._number = number
+        #: None for a job that has no limit.
         self.entry = entry
+        self._ended = False
+
+    @property
+    def limited(self) -> bool:
+        """Whether its process may have to be killed for it."""
+        return self.entry is not None and self.entry.limited
 
     def change(self, **values: float) -> None:
         """Gives the entry other values, unless the call has ended. Called in any thread."""
+        if self.entry is None:
+            return  # of one whose process is not killed nobody asks for the others
         with self._board._lock:
             if self.entry.running:
                 for name, value in values.items():
@@ -192,14 +215,19 @@ class Slot:
 
     def prolong(self, by: float, in_all: float) -> None:
         """Its limits are over so many seconds later."""
-        self.change(hard=self.entry.hard + by, soft=self.entry.soft + by, extended_by=in_all)
+        if self.entry is not None:
+            self.change(hard=self.entry.hard + by, soft=self.entry.soft + by, extended_by=in_all)
 
     def end(self) -> None:
-        """Its call has ended: no limit holds any more. Another job may take the place."""
-        with self._board._lock:
-            if self.entry.running:
-                # Of one without a limit nobody asks whether it runs.
+        """Its call has ended: no limit holds any more. Another job may take the place. Called in its thread, and
+        more than once."""
+        if self._ended:
+            return
+        self._ended = True
+        if self.entry is not None:
+            with self._board._lock:
                 limited, self.entry.running = self.entry.limited, False
+                # Of one without a limit nobody asks whether it runs.
                 if limited:
                     self._board._write(self._number, self.entry)
-                self._board._free.append(self._number)
+        self._board._free.append(self._number)

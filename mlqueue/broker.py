@@ -433,12 +433,16 @@ class StoreBroker(Broker):
             return
         actor = self.actors.get(held.actor)
         options = {} if actor is None else actor.options
-        entry = Entry(held.id, held.attempt)
         limit = delivery.options.get("hard_time_limit", options.get("hard_time_limit"))
+        kill = delivery.options.get("kill", options.get("kill"))
+        may_be_killed = kill or (kill is None and self.kill_grace is not None)
+        if limit is None and not may_be_killed:
+            delivery.slot = board.begin_unlimited(held.id, held.attempt)
+            return
+        entry = Entry(held.id, held.attempt)
         if limit is not None:
             entry.hard, entry.hard_limit = time.monotonic() + limit, limit
-        kill = delivery.options.get("kill", options.get("kill"))
-        if kill or (kill is None and self.kill_grace is not None):
+        if may_be_killed:
             entry.grace = DEFAULT_GRACE if self.kill_grace is None else self.kill_grace
         delivery.slot = board.begin(entry)
         if entry.limited and self._helper is not None and not self._warned:

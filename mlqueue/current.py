@@ -90,7 +90,7 @@ class CurrentJob:
     def cancelled(self) -> bool:
         """Whether somebody has asked to cancel this job: whatever it returns, it ends cancelled. `Cancelled` is raised
         in it as well; this is for who catches that, or runs long in C."""
-        return self._delivery.cancel_requested.is_set()
+        return self._delivery.cancel_requested
 
     def progress(self, value: object, note: str | None = None) -> None:
         """Reports progress. A number stays a number, anything else is kept as text (1,000 characters).

@@ -63,64 +63,77 @@ class Retry(dramatiq.Retry):
 class Delivery(MessageProxy):
     """A message in hand, with what is to become of it."""
 
+    # Most of these stay as they are here in most jobs, so they cost no time where a delivery is made.
+
+    #: What the actor call returned, encoded; None until it has.
+    result: StoredResult | None = None
+    #: Seconds until the retry that a middleware asked for; None when none did.
+    retry_delay: float | None = None
+    #: The group that this job completes, and its callbacks.
+    group: tuple[str, list[NewJob]] | None = None
+    #: Progress that has not been written yet: encoded value and note.
+    progress: tuple[bytes, str] | None = None
+    #: Why a middleware refused it before it ran.
+    refusal: DeadReason | None = None
+    skipped = False
+    #: When a thread began with it (monotonic); None while it waits for one.
+    begun_at: float | None = None
+    #: Whether the actor call has begun: an actor that calls another one directly stores no result for it.
+    entered = False
+    #: Whether the job goes back to its queue: nothing that hooks do because it "succeeded" is of any effect.
+    handed_back = False
+    #: And when it is to be run again, in seconds from then.
+    hand_back_delay = 0.0
+    #: Whether the job has looked at ``stopping`` and seen it True.
+    saw_stopping = False
+    #: Whether somebody has asked to cancel it.
+    cancel_requested = False
+    #: Why `Cancelled` is to be raised in the job; empty when it is not.
+    interrupt_reason = ""
+    #: Whether it was, and the job heeded it: nothing that hooks do because it "succeeded" is of any effect.
+    heeded = False
+    #: How many jobs it waits for now.
+    waits = 0
+    #: The thread that runs it.
+    thread: int | None = None
+    #: Called, in whatever thread, when the job is to look up from its waiting for another job.
+    wake_waiting: Callable[[], None] | None = None
+    #: Where its supervisor sees that it has begun, and how long it may run; None when nobody looks there.
+    slot: Slot | None = None
+    #: By how many seconds its limits were prolonged, and of that what has been made known.
+    extended_by = 0.0
+    #: What the job shows of itself (`mlqueue.journal`), made when it first does.
+    journal: Any = None
+    #: Where the clocks stood when it began (`mlqueue.usage`); None before.
+    clocks: Any = None
+    #: The data for `CurrentJob`, made when the job first asks.
+    context: Any = None
+
+    _prolonged_by = 0.0
+    _running_in: int | None = None
+
     def __init__(self, message: Message[Any], held: Held, broker: Any) -> None:
         super().__init__(message)
+        self.takes(message)
         self.held = held
         self.broker = broker
-        #: What the actor call returned, encoded; None until it has.
-        self.result: StoredResult | None = None
-        #: Seconds until the retry that a middleware asked for; None when none did.
-        self.retry_delay: float | None = None
         #: Jobs that hooks enqueued after the call; they are created by the settle, or never.
         self.spawned: list[NewJob] = []
-        #: The group that this job completes, and its callbacks.
-        self.group: tuple[str, list[NewJob]] | None = None
-        #: Progress that has not been written yet: encoded value and note.
-        self.progress: tuple[bytes, str] | None = None
-        #: Why a middleware refused it before it ran.
-        self.refusal: DeadReason | None = None
-        self.skipped = False
-        #: When a thread began with it (monotonic); None while it waits for one.
-        self.begun_at: float | None = None
-        #: Whether the actor call has begun: an actor that calls another one directly stores no result for it.
-        self.entered = False
-        #: Whether the job goes back to its queue: nothing that hooks do because it "succeeded" is of any effect.
-        self.handed_back = False
-        #: And when it is to be run again, in seconds from then.
-        self.hand_back_delay = 0.0
-        #: Whether the job has looked at ``stopping`` and seen it True.
-        self.saw_stopping = False
-        self.cancel_requested = threading.Event()
-        #: Why `Cancelled` is to be raised in the job; empty when it is not.
-        self.interrupt_reason = ""
-        #: Whether it was, and the job heeded it: nothing that hooks do because it "succeeded" is of any effect.
-        self.heeded = False
-        #: How many jobs it waits for now.
-        self.waits = 0
         #: The process that it was delivered to: one that the job forks is another.
         self.process = os.getpid()
-        #: The thread that runs it.
-        self.thread: int | None = None
-        #: Called, in whatever thread, when the job is to look up from its waiting for another job.
-        self.wake_waiting: Callable[[], None] | None = None
-        self._running_in: int | None = None
         # Held while an exception is raised: after `_leave` none can come any more.
         self._interrupting = threading.Lock()
-        #: Where its supervisor sees that it has begun, and how long it may run; None when nobody looks there.
-        self.slot: Slot | None = None
-        #: By how many seconds its limits were prolonged, and of that what has been made known.
-        self.extended_by = 0.0
-        self._prolonged_by = 0.0
-        #: What the job shows of itself (`mlqueue.journal`), made when it first does.
-        self.journal: Any = None
-        #: Where the clocks stood when it began (`mlqueue.usage`); None before.
-        self.clocks: Any = None
-        #: The data for `CurrentJob`, made when the job first asks.
-        self.context: Any = None
 
     def takes(self, message: Message[Any]) -> None:
-        """Its message is whole: what was in chunks has been fetched."""
+        """Its message, or the whole of it: what was in chunks has been fetched."""
         self._message = message
+        # Dramatiq and its middleware ask for these some twenty times a job; through the proxy each costs a call.
+        self.message_id = message.message_id
+        self.queue_name = message.queue_name
+        self.actor_name = message.actor_name
+        self.args = message.args
+        self.kwargs = message.kwargs
+        self.options = message.options
 
     def __str__(self) -> str:
         # What Dramatiq logs of a message has its arguments in full.
@@ -129,7 +142,7 @@ class Delivery(MessageProxy):
 
     def cancel(self) -> None:
         """Somebody has asked to cancel the job. Called in any thread."""
-        self.cancel_requested.set()
+        self.cancel_requested = True
         self.interrupt("the job was cancelled")
 
     def interrupt(self, reason: str) -> None:

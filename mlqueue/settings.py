@@ -12,6 +12,7 @@ Durations are seconds, or texts as ``500ms``, ``30s``, ``5m``, ``2h``, ``30d``; 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
 import re
@@ -267,6 +268,7 @@ def _keys_of(text: str) -> tuple[str, ...]:
     return tuple(key for key in (part.strip() for part in text.split(",")) if key)
 
 
+@functools.lru_cache(maxsize=16)
 def _masked(url: str) -> str:
     """The URL with *** for passwords, in whatever state it is."""
     url = re.sub(r"(?i)([?&][^=&#]*password=)[^&#]*", r"\1***", url)

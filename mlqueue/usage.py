@@ -60,12 +60,13 @@ class Clocks:
         "written_peak",
     )
 
-    def __init__(self, delivery: Delivery, alone: bool) -> None:
+    def __init__(self, delivery: Delivery, started: float) -> None:
         self.delivery = delivery
-        self.alone = alone
-        self.started = time.monotonic()
+        #: Whether no other attempt has run beside it.
+        self.alone = False
+        self.started = started
         self.thread_time = time.thread_time()
-        self.process_time = time.process_time()
+        self.process_time = 0.0
         #: Whether the memory was looked at since it began: what was there before may be another's.
         self.seen = False
         self.peak = 0
@@ -91,18 +92,27 @@ class Meter:
         self._note = note
         self._lock = threading.Lock()
         self._running: set[Clocks] = set()
+        #: When an attempt began last while others ran.
+        self._crowded_at = 0.0
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._memory = Memory()
         self._gpus = Gpus()
 
     def begin(self, delivery: Delivery) -> None:
-        """An attempt begins, in this thread."""
+        """An attempt begins, in this thread. No lock: there may be thousands a second, in many threads."""
+        delivery.clocks = clocks = Clocks(delivery, delivery.begun_at or time.monotonic())
+        self._running.add(clocks)
+        if len(self._running) > 1:
+            self._crowded_at = time.monotonic()
+        else:
+            clocks.alone = True
+            clocks.process_time = time.process_time()
+        if self._thread is None:
+            self._begin_to_look()
+
+    def _begin_to_look(self) -> None:
         with self._lock:
-            for clocks in self._running:
-                clocks.alone = False
-            delivery.clocks = Clocks(delivery, not self._running)
-            self._running.add(delivery.clocks)
             if self._thread is None:
                 self._over.clear()
                 self._thread = threading.Thread(target=self._run, name="mlqueue-usage", daemon=True)
@@ -114,8 +124,7 @@ class Meter:
         clocks: Clocks | None = delivery.clocks
         if clocks is None:
             return
-        with self._lock:
-            self._running.discard(clocks)
+        self._running.discard(clocks)
         if time.monotonic() - clocks.started >= SHORTEST:
             self._look([clocks])
             # On the event loop it ran in a thread with others.
@@ -138,7 +147,9 @@ class Meter:
                 idle_since = now if running else idle_since
                 if not running and (over or now - idle_since >= LINGER):
                     self._thread = None
-                    return
+                    if not self._running:
+                        return
+                    self._thread = threading.current_thread()  # one that began meanwhile has still seen this one
             running = [clocks for clocks in running if now - clocks.started >= SHORTEST]
             if not running:
                 continue
@@ -171,6 +182,7 @@ class Meter:
             self._tell(clocks, None)
 
     def _tell(self, clocks: Clocks, cpu_seconds: float | None) -> None:
+        clocks.alone = clocks.alone and self._crowded_at < clocks.started
         self._note(clocks.delivery, pack_usage(clocks.usage(cpu_seconds), clocks.delivery.held.attempt))
 
 

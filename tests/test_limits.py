@@ -313,6 +313,33 @@ def test_so_many_jobs_of_each_key_run_at_a_time(mlq: MLQ, start_worker: StartWor
         assert [(f"{kind} {site}", n) for n in range(5) for kind in ("start", "end")] == mine
 
 
+def test_a_limit_of_keys_that_nobody_holds_is_opened_to_who_waits(mlq: MLQ, start_worker: StartWorker) -> None:
+    @mlq.actor(concurrency=1, concurrency_key=lambda site: site)
+    def fetch(site: str) -> str:
+        return site
+
+    mlq.limits.set("@fetch", 0)
+    job = fetch.submit("a")
+    start_worker()
+    eventually(lambda: mlq.store.connector.client.smembers(f"{mlq.store.root}:park"))
+    mlq.limits.set("@fetch", 1)
+    assert "a" == job.result(timeout=3)  # sooner than a worker looks by itself
+
+
+def test_more_at_a_time_declared_by_a_later_worker_is_told_to_who_waits(mlq: MLQ, start_worker: StartWorker) -> None:
+    @mlq.actor(concurrency=1)
+    def fetch() -> str:
+        return "done"
+
+    mlq.store.declare_limits({}, {"fetch": ({}, 0)})
+    job = fetch.submit()
+    mlq.broker.actors["fetch"].options["concurrency"] = 0
+    start_worker()
+    eventually(lambda: mlq.store.connector.client.smembers(f"{mlq.store.root}:park"))
+    mlq.store.declare_limits({}, {"fetch": ({}, 2)})
+    assert "done" == job.result(timeout=3)
+
+
 # In turn
 
 

@@ -481,7 +481,7 @@ def test_a_fetched_job_that_is_cancelled_before_its_thread_begins_never_runs(
     class CancelsLate(dramatiq.Middleware):
         def before_process_message(self, broker: Any, message: Any) -> None:
             if mlq.job(message.message_id).cancel() is State.RUNNING:
-                eventually(lambda: message.cancel_requested.is_set())
+                eventually(lambda: message.cancel_requested)
 
     @mlq.actor
     def works() -> None:

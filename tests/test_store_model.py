@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mlqueue import MLQ, codec
@@ -511,6 +512,8 @@ class StoreMachine(RuleBasedStateMachine):
         )
         assert set(held) == set(outcomes)
         self.alive.discard(worker)
+        # One that waits for another has begun, whether that was said or not.
+        begun |= {job_id: self.model[job_id].attempt for job_id in held if self.model[job_id].waits is not None}
         if reason == "crash" and not begun:
             begun = dict.fromkeys(held, 0)  # where none had begun any may be the reason
         self.lose_all(held, reason, [job_id for job_id in held if job_id not in begun], doom)
@@ -799,7 +802,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert rank == self.store.record(job_id, full=False).position
 
 
-def run_machine(mlq: MLQ, examples: int, steps: int) -> None:
+def run_machine(mlq: MLQ, examples: int, steps: int, *, same: bool = True) -> None:
     StoreMachine.app = mlq
     case = StoreMachine.TestCase
     case.settings = settings(
@@ -808,6 +811,9 @@ def run_machine(mlq: MLQ, examples: int, steps: int) -> None:
         deadline=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
+        # The same examples each time, but in the long run, which looks for new ones.
+        derandomize=same,
+        database=None if same else DirectoryBasedExampleDatabase(".hypothesis/examples"),
     )
     case().runTest()
 
@@ -818,4 +824,9 @@ def test_the_store_behaves_as_its_model(mlq: MLQ) -> None:
 
 @pytest.mark.faults
 def test_the_store_behaves_as_its_model_over_many_examples(mlq: MLQ) -> None:
-    run_machine(mlq, examples=500, steps=40)
+    run_machine(mlq, examples=200, steps=40)
+
+
+@pytest.mark.faults_long
+def test_the_store_behaves_as_its_model_over_examples_that_no_run_had(mlq: MLQ) -> None:
+    run_machine(mlq, examples=2000, steps=50, same=False)

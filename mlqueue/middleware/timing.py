@@ -66,7 +66,7 @@ class TimeLimit(dramatiq.middleware.TimeLimit):
         limit = message.options.get("time_limit") or options.get("time_limit", self.time_limit)
         if limit is not None and limit != float("inf"):
             self.deadlines.set(limit / 1000)
-            if isinstance(message, Delivery) and message.slot is not None and message.slot.entry.limited:
+            if isinstance(message, Delivery) and message.slot is not None and message.slot.limited:
                 message.slot.change(soft=time.monotonic() + limit / 1000, soft_limit=limit / 1000)
 
     def after_process_message(

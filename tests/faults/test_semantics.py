@@ -174,6 +174,8 @@ def test_delayed_jobs_are_punctual_across_restarts_of_server_and_workers(tmp_pat
             report.longest_s = 0.0
             for job_id, due in jobs.items():
                 starts = here.ledger.of(job_id, "start")
+                if len(starts) == 2 and starts[0].t <= down:
+                    continue  # it ran when its worker was killed, or its end did not reach the server
                 if len(starts) != 1:
                     report.note(f"{job_id}: {len(starts)} starts")
                     continue

@@ -10,8 +10,8 @@ else
   call('HDEL', key, name)
 end
 limits(true).open(name)
--- Those of its keys too.
-for _, one in ipairs(call('SMEMBERS', R .. ':lim:used')) do
+-- Those of its keys too, also where none of their jobs holds a slot.
+for _, one in ipairs(call('SMEMBERS', R .. ':park')) do
   if string.sub(one, 1, #name + 1) == name .. '/' then
     limited.open(one)
   end

@@ -19,6 +19,9 @@ for i = 2 + 2 * n, #ARGV, 3 do
     if call('HGET', actors, actor) ~= spec then changed[actor] = true end
     call('HSET', actors, actor, spec)
   end
+  if tonumber(call('HGET', key, '~@' .. actor) or -1) ~= most then
+    changed[actor] = true
+  end
   if most >= 0 then
     call('HSET', key, '~@' .. actor, most)
   else

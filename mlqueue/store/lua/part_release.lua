@@ -79,7 +79,8 @@ local function release_worker(worker, reason, err, max_crashes, max_stalls, begu
     active, waiting, ran = 0, 0, {}
     for _, id in ipairs(ids) do
       local f = call('HMGET', jkey(id), 'A', 'q', 'k')
-      ran[id] = not known or f[3] and known[id] == tonumber(f[3])
+      -- One that waits for another has begun, whatever is known.
+      ran[id] = not known or f[1] or f[3] and known[id] == tonumber(f[3])
       if f[2] ~= CALLBACKS and ran[id] then
         active, waiting = active + (f[1] and 0 or 1), waiting + (f[1] and 1 or 0)
       end
