@@ -24,8 +24,8 @@ class Why:
     """Why a job does not run; ``str()`` of it is the sentence."""
 
     job_id: str
-    #: ``ended``, ``running``, ``scheduled``; of one that is queued ``paused`` (its queue is), ``no_worker`` (serves its
-    #: queue), ``unknown_actor`` (to those who do), ``limit``, ``alone`` (it is to run alone), ``behind`` (others come
+    #: ``ended``, ``running``, ``scheduled``; of one that is queued ``no_worker`` (serves its queue), ``unknown_actor``
+    #: (to those who do), ``paused`` (its queue is), ``limit``, ``alone`` (it is to run alone), ``behind`` (others come
     #: first) or ``next``.
     reason: str
     #: The sentence.
@@ -59,11 +59,6 @@ def _why(record: JobRecord, reason: str, text: str, **more: Any) -> Why:
 
 
 def _queued(store: Store, record: JobRecord) -> Why:
-    paused = store.paused().get(record.queue)
-    if paused is not None:
-        by = f" by {paused.who}" if paused.who else ""
-        text = f"waits until queue {record.queue} is resumed: it is paused{by} since {_ago(store, paused.since)}"
-        return _why(record, "paused", text)
     workers = store.workers()
     serving = [worker for worker in workers if record.queue in worker.info.get("queues", ())]
     knowing = [worker for worker in serving if _knows(worker, record)]
@@ -79,6 +74,11 @@ def _queued(store: Store, record: JobRecord) -> Why:
     missing = [name for name in record.functions if not any(_has(worker, name) for worker in knowing)]
     if missing:
         return _why(record, "unknown_actor", f"waits for a worker that has the function {missing[0]}; none has")
+    paused = store.paused().get(record.queue)
+    if paused is not None:
+        by = f" by {paused.who}" if paused.who else ""
+        text = f"waits: queue {record.queue} is paused{by} since {_ago(store, paused.since)}"
+        return _why(record, "paused", text)
     lacking = store.lacking(record.id)
     if lacking:
         return _limited(store, record, *lacking[0])
