@@ -381,8 +381,10 @@ class MLQ:
         """Submits a job by the name of its actor, whose code need not be here.
 
         Keywords as for `Actor.submit`; besides ``queue_name``, for an actor that no worker has declared yet (its
-        jobs go to ``default`` without it). Keys that the actor makes of the arguments (``unique_key`` ...) have to be
-        given where its function is not: workers tell of that when they start, and `InvalidJob` is raised then.
+        jobs go to ``default`` without it). What is kept on the record (``result_ttl``, ``max_crashes`` ...)
+        is as given here, whatever the actor declares elsewhere. Keys that the actor makes of the arguments
+        (``unique_key`` ...) have to be given where its function is not: workers tell of that when they start, and
+        `InvalidJob` is raised then.
         """
         actor = self.broker.actors.get(actor_name)
         if isinstance(actor, Actor) and "queue_name" not in kwargs:

@@ -685,7 +685,7 @@ mlq = mlqueue.MLQ({namespace!r})
 EVENTS = pathlib.Path(__file__).with_name("gpu-events")
 
 
-@mlq.actor(max_retries=0, max_crashes=50, resources={{"gpu": 1}}, fair_by=lambda n, who: who)
+@mlq.actor(max_retries=0, resources={{"gpu": 1}}, fair_by=lambda n, who: who)
 def train(n, who):
     job = mlqueue.current_job()
     for event in ("start", "end"):
@@ -707,7 +707,8 @@ def site(tmp_path: Path, server: Settings) -> Iterator[Site]:
 def test_a_hundred_jobs_on_one_slot_over_four_processes_whose_holder_is_killed_five_times(site: Site) -> None:
     (site.folder / "gpu.py").write_text(GPU.format(namespace=site.namespace))
     site.supervise("gpu", processes=4, threads=2)
-    jobs = [site.mlq.submit("train", n, "me", fair_by=f"user {n % 3}") for n in range(100)]
+    # By name, so it has no options of the actor's; and one that is killed often has to be run by somebody all the same.
+    jobs = [site.mlq.submit("train", n, "me", fair_by=f"user {n % 3}", max_crashes=50) for n in range(100)]
     killed: list[str] = []
     while len(killed) < 5:
         time.sleep(random.uniform(0.05, 0.2))
@@ -720,7 +721,7 @@ def test_a_hundred_jobs_on_one_slot_over_four_processes_whose_holder_is_killed_f
                 killed.append(job_id)
     assert wait_for(lambda: all(job.done for job in jobs), 60, site.logs)
     records = [job.record for job in jobs]
-    assert {State.SUCCEEDED} == {record.state for record in records}
+    assert [] == [(record.dead_reason, record.error) for record in records if record.state is not State.SUCCEEDED]
     assert {0} == {record.retries for record in records}
     crashes = sum(record.crashes for record in records)
     assert 1 <= crashes <= 5
