@@ -23,7 +23,7 @@ from .errors import FunctionNotFound, InvalidJob, SettingsError
 from .functions import DEFAULT_NAMESPACE, Functions, PostedFunction
 from .handle import Job
 from .job import State, check_id, new_id, seconds, timestamp
-from .limits import Limits
+from .limits import Limits, check_keys
 from .listeners import QUEUE, Listeners
 from .message import LISTENER, OPTION_CHECKS
 from .named import BATCHES, NamedSource, serving_actor
@@ -381,15 +381,21 @@ class MLQ:
         """Submits a job by the name of its actor, whose code need not be here.
 
         Keywords as for `Actor.submit`; besides ``queue_name``, for an actor that no worker has declared yet (its
-        jobs go to ``default`` without it).
+        jobs go to ``default`` without it). What is kept on the record (``result_ttl``, ``max_crashes`` ...)
+        is as given here, whatever the actor declares elsewhere. Keys that the actor makes of the arguments
+        (``unique_key`` ...) have to be given where its function is not: workers tell of that when they start, and
+        `InvalidJob` is raised then.
         """
         actor = self.broker.actors.get(actor_name)
         if isinstance(actor, Actor) and "queue_name" not in kwargs:
             job: Job[Any] = actor.submit(*args, **kwargs)
             return job
-        queue_name = kwargs.pop("queue_name", None) or self.store.queue_of(actor_name) or "default"
+        chosen = kwargs.pop("queue_name", None)
+        declared, keys = (None, []) if actor is not None and chosen else self.store.declared(actor_name)
         options = {name: kwargs.pop(name) for name in SUBMIT_OPTIONS.intersection(kwargs)}
-        return Job(self.store, self._enqueue(actor_name, queue_name, args, kwargs, options))
+        if actor is None:
+            check_keys(actor_name, keys, options)
+        return Job(self.store, self._enqueue(actor_name, chosen or declared or "default", args, kwargs, options))
 
     def _enqueue(
         self, actor_name: str, queue_name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Any]

@@ -147,7 +147,7 @@ class StoreBroker(Broker):
         self._function_lanes: list[tuple[str, str, tuple[str, ...]]] = []
         self._internal: dict[str, Any] = {}
         #: The functions by which actors make keys of the arguments, by actor and option.
-        self._key_functions: dict[str, dict[str, Callable[..., Any]]] = {}
+        self.key_functions: dict[str, dict[str, Callable[..., Any]]] = {}
         if middleware is None:
             middleware = default_middleware(store, settings)
         super().__init__(middleware)
@@ -180,9 +180,9 @@ class StoreBroker(Broker):
             self.published[actor.actor_name] = self._publish(actor)
         actor.fn = storing(actor.fn, self._keep_result, self._disarm)
         self.actors[actor.actor_name] = actor
-        self._key_functions.pop(actor.actor_name, None)
+        self.key_functions.pop(actor.actor_name, None)
         if functions:
-            self._key_functions[actor.actor_name] = functions
+            self.key_functions[actor.actor_name] = functions
         self._lane_cache.clear()
         if self.pump is not None:
             self.pump.lanes_changed()
@@ -289,7 +289,7 @@ class StoreBroker(Broker):
         if actor is not None:
             defaults = {name: value for name, value in actor.options.items() if name in LIFTED}
             defaults["priority"] = actor.priority
-            for name, function in self._key_functions.get(message.actor_name, {}).items():
+            for name, function in self.key_functions.get(message.actor_name, {}).items():
                 # One that came with the job goes before it.
                 defaults[name] = (
                     None
@@ -573,6 +573,7 @@ class StoreBroker(Broker):
             "queues": sorted(self.pump.live_queues()) if self.pump else [],
             "actors": sorted(self.actors),
             "functions": sorted(map(quote, self.functions)),
+            "for_all": bool(self.functions_for_all),
             "function_queues": sorted(map(quote, self.pump.live_queues())),
             "supervised": self._worker_id is not None,
             "python": platform.python_version(),
@@ -580,7 +581,7 @@ class StoreBroker(Broker):
         }
         queues = {name: actor.queue_name for name, actor in self.actors.items()}
         self.tell_limits()  # before it fetches any: else it would run more than may be
-        self.store.start_worker(self.pump.worker, info, queues, self.published)
+        self.store.start_worker(self.pump.worker, info, queues, self.published, self.key_functions)
         # After that: from then on it is told of new ones.
         if self.pump.on_functions is not None:
             self.pump.on_functions()

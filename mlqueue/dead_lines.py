@@ -35,6 +35,7 @@ IMPORTABLE: Final = frozenset(
         "time_limit",
         "hard_time_limit",
         "kill",
+        "job_logs",
         "notify_shutdown",
         "store_results",
         "waits_count",
@@ -75,6 +76,7 @@ EXPORTED: Final = (
     "max_stalls",
     "concurrency_key",
     "fair_by",
+    "unique_key",
     "has_checkpoint",
 )
 
@@ -95,6 +97,7 @@ OPTIONS: Final = (
     "max_stalls",
     "concurrency_key",
     "fair_by",
+    "unique_key",
 )
 
 

@@ -9,14 +9,24 @@ waits in its queue and costs nothing; the end of another one has it started.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, Final, cast
 
 from .errors import InvalidJob
-from .message import KEYS
+from .message import KEYS, MAX_KEY, is_key
 from .store import Store
 
-__all__ = ["MAX_CAPACITY", "Limit", "Limits", "check_actor", "check_limit", "key_functions", "key_of", "takes_turns"]
+__all__ = [
+    "MAX_CAPACITY",
+    "Limit",
+    "Limits",
+    "check_actor",
+    "check_keys",
+    "check_limit",
+    "key_functions",
+    "key_of",
+    "takes_turns",
+]
 
 #: The most slots that a limit may have.
 MAX_CAPACITY: Final = 10_000
@@ -126,13 +136,25 @@ def key_functions(options: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     return {name: options[name] for name in KEYS if callable(options.get(name))}
 
 
+def check_keys(actor: str, keys: Iterable[str], given: Container[str]) -> None:
+    """Raises `InvalidJob` for a key that an actor makes of the arguments where its function is not, and which was not
+    given: without it the job would not be the only one, say."""
+    for name in keys:
+        if name not in given:
+            raise InvalidJob(
+                f"the {name} of a job of {actor} is made of its arguments by a function of the actor, which is not "
+                f"here; give it when you submit: {name}=... (None for none), or --{name.replace('_', '-')} TEXT "
+                "('' for none)."
+            )
+
+
 def takes_turns(options: Mapping[str, Any]) -> bool:
     """Whether an actor says that its jobs are to be told from each other when one is chosen to be started."""
     return options.get("fair_by") is not None or options.get("concurrency_key") is not None
 
 
 def key_of(actor: str, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> str | None:
-    """What an actor's function makes of arguments."""
+    """What an actor's function makes of arguments. Raises `InvalidJob` where that is no key."""
     try:
         value = function(*args, **kwargs)
     except Exception as error:
@@ -140,6 +162,9 @@ def key_of(actor: str, name: str, function: Callable[..., Any], args: Any, kwarg
             f"the {name} of actor {actor} could not be made: {type(error).__name__}: {error}. Its function is called "
             f"with the arguments of the job; or give {name}=... when you submit."
         ) from error
-    if value is None or isinstance(value, str):
-        return value
-    raise InvalidJob(f"the {name} of actor {actor} is a {type(value).__name__}; a text or None is allowed: str(...).")
+    if is_key(value):
+        return cast(str | None, value)
+    got = f"text of {len(value):,} characters" if isinstance(value, str) else type(value).__name__
+    raise InvalidJob(
+        f"the {name} of actor {actor} is a {got}; a text of 1 to {MAX_KEY} characters or None is allowed: str(...)."
+    )

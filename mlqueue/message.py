@@ -77,11 +77,7 @@ def _is_webhook(value: object) -> bool:
 
 
 def _are_functions(value: object) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and 0 < len(value) <= 100
-        and all(isinstance(name, str) and 0 < len(name) <= 200 for name in value)
-    )
+    return isinstance(value, list | tuple) and 0 < len(value) <= 100 and all(_is_text(name, 200) for name in value)
 
 
 def _is_message(value: object) -> bool:
@@ -95,8 +91,19 @@ def _is_message(value: object) -> bool:
     )
 
 
-def _is_key(value: object) -> bool:
-    return value is None or (isinstance(value, str) and 0 < len(value) <= MAX_KEY)
+def is_key(value: object) -> bool:
+    """Whether it may be a concurrency key, a unique key, or what jobs take turns by."""
+    return value is None or _is_text(value, MAX_KEY)
+
+
+def _is_text(value: object, most: int) -> bool:
+    if not isinstance(value, str) or not 0 < len(value) <= most:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
 
 
 _A_KEY: Final = f"a text of 1 to {MAX_KEY} characters, or None"
@@ -131,9 +138,7 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "result_ttl": (lambda value: value is None or (_is_number(value) and value >= 0), "seconds, or None for ever"),
     "priority": (lambda value: _is_whole(value) and -1000 <= value <= 1000, "an int from -1,000 to 1,000"),
     "tags": (
-        lambda value: (
-            isinstance(value, list | tuple) and all(isinstance(tag, str) and 0 < len(tag) <= 100 for tag in value)
-        ),
+        lambda value: isinstance(value, list | tuple) and all(_is_text(tag, 100) for tag in value),
         "a list of texts of 1 to 100 characters",
     ),
     "max_crashes": (lambda value: _is_count(value) and value > 0, "an int, 1 or more (below 2 ** 31)"),
@@ -162,9 +167,9 @@ OPTION_CHECKS: Final[Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "kill": (lambda value: isinstance(value, bool), "a bool"),
     "job_logs": (lambda value: value is None or isinstance(value, bool), "a bool, or None for what the settings say"),
     "waits_count": (lambda value: isinstance(value, bool), "a bool"),
-    "concurrency_key": (_is_key, _A_KEY),
-    "fair_by": (_is_key, _A_KEY),
-    "unique_key": (_is_key, _A_KEY),
+    "concurrency_key": (is_key, _A_KEY),
+    "fair_by": (is_key, _A_KEY),
+    "unique_key": (is_key, _A_KEY),
     "unique_for": (
         lambda value: value in ("queued", "active") or (_is_number(value) and 0 < value < 1e10),
         "'queued', 'active' or a number of seconds (more than 0)",

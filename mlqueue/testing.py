@@ -363,7 +363,8 @@ class _Eager:
         info = {"host": platform.node(), "pid": os.getpid(), "started_at": time.time(), "threads": 1}
         queues = {name: actor.queue_name for name, actor in self._broker.actors.items()}
         self._broker.tell_limits()
-        self._broker.store.start_worker(self._pump.worker, info, queues, self._broker.published)
+        broker = self._broker
+        broker.store.start_worker(self._pump.worker, info, queues, broker.published, broker.key_functions)
 
 
 class _Settling(Consumer):

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from .job import JobRecord, State
+from .message import LISTENER
 from .store import Store
+from .store.records import quote
 from .store.store import WorkerInfo
 
 __all__ = ["Why", "why"]
@@ -59,7 +61,7 @@ def _why(record: JobRecord, reason: str, text: str, **more: Any) -> Why:
 def _queued(store: Store, record: JobRecord) -> Why:
     workers = store.workers()
     serving = [worker for worker in workers if record.queue in worker.info.get("queues", ())]
-    knowing = [worker for worker in serving if record.actor in worker.info.get("actors", ())]
+    knowing = [worker for worker in serving if _knows(worker, record)]
     if not workers:
         return _why(record, "no_worker", "waits for a worker: none is alive; `mlqueue worker MODULE` starts some")
     if not serving:
@@ -67,7 +69,7 @@ def _queued(store: Store, record: JobRecord) -> Why:
         served = f"; those that are alive serve {', '.join(queues)}" if queues else ""
         return _why(record, "no_worker", f"waits for a worker that serves queue {record.queue}{served}")
     if not knowing:
-        what = f"knows the actor {record.actor}"
+        what = f"knows the actor {record.actor}" if record.actor != LISTENER else "has listener functions"
         return _why(record, "unknown_actor", f"waits for a worker that {what}; none of queue {record.queue} does")
     missing = [name for name in record.functions if not any(_has(worker, name) for worker in knowing)]
     if missing:
@@ -91,9 +93,15 @@ def _queued(store: Store, record: JobRecord) -> Why:
     return _why(record, "next", f"is the next of queue {record.queue}; {busy}")
 
 
+def _knows(worker: WorkerInfo, record: JobRecord) -> bool:
+    if record.actor == LISTENER and not record.functions and not worker.info.get("for_all", True):
+        return False  # it has none, or none that could be loaded
+    return record.actor in worker.info.get("actors", ())
+
+
 def _has(worker: WorkerInfo, function: str) -> bool:
     # Workers tell of their functions quoted, as lanes have them.
-    return function in worker.info.get("functions", ()) or not function.isidentifier()
+    return quote(function) in worker.info.get("functions", ())
 
 
 def _limited(store: Store, record: JobRecord, name: str, number: int, most: int, holders: Mapping[str, float]) -> Why:

@@ -113,7 +113,10 @@ class Receiver:
         first, *lines = head.decode("ascii").split("\r\n")
         headers = dict(line.split(": ", 1) for line in lines)
         while len(body) < int(headers.get("Content-Length", 0)):
-            body += connection.recv(65536)
+            got = connection.recv(65536)
+            if not got:
+                return None
+            body += got
         method, target, _ = first.split(" ")
         return Call(target, headers, time.time(), method, body)
 

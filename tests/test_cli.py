@@ -362,6 +362,17 @@ def test_jobs_are_cancelled_and_retried_each_with_its_outcome(folder: Folder) ->
     assert folder("retry", "nope").code == 3
 
 
+def test_only_running_jobs_are_given_more_time(folder: Folder) -> None:
+    job_id = folder.submit("train")
+    ran = folder("extend", job_id, "nope", "--by", "10m", "--json")
+    assert (1, []) == (ran.code, ran.lines)
+    assert "is queued; only a running job can be prolonged" in ran.err
+    assert "no job 'nope'" in ran.err
+    assert folder("extend", "nope", "--by", "1").code == 3
+    for wrong in ([], ["--by", "0"], ["--by", "soon"]):
+        assert folder("extend", job_id, *wrong).code == 2
+
+
 def test_waiting_ends_with_a_timeout_or_an_interrupt_and_the_job_goes_on(folder: Folder) -> None:
     job_id = folder.submit("train")
     for args in (["result", job_id, "--timeout", "0"], ["result", job_id, "--timeout", "50ms", "--short"]):
@@ -381,7 +392,7 @@ def test_waiting_ends_with_a_timeout_or_an_interrupt_and_the_job_goes_on(folder:
     assert folder("show", job_id, "--json").json["state"] == "queued"
 
 
-@pytest.mark.parametrize("command", ["show", "watch", "result", "cancel", "retry"])
+@pytest.mark.parametrize("command", ["show", "watch", "result", "cancel", "retry", "why"])
 def test_an_unknown_id_is_code_3(shop: Folder, command: str) -> None:
     ran = shop(command, "nope")
     assert (3, b"") == (ran.code, ran.out)
@@ -543,13 +554,17 @@ def test_watch_writes_lines_or_events_and_ends_with_the_outcome(shop: Folder) ->
     assert ("succeeded", "done", 100) == tuple(events[-1][name] for name in ("state", "short_result", "progress"))
 
 
-def test_a_running_job_is_told_that_it_is_cancelled(shop: Folder) -> None:
+def test_a_running_job_is_prolonged_and_told_that_it_is_cancelled(shop: Folder) -> None:
     job_id = shop.submit("steps", "10000")
     _until(lambda: shop("show", job_id, "--json").json["state"] == "running")
     [worker] = shop("stats", "--json").json["workers"]
     assert job_id in worker["jobs"]
     assert worker["actors"] == ["array", "boom", "echo", "gate", "image", "steps", "text"]
     assert f"{worker['pid']}" in shop("stats").text
+    for _ in range(2):
+        ran = shop("extend", job_id, "--by", "1.5m")
+        assert (0, f"{job_id}\trunning\n") == (ran.code, ran.text), ran
+    assert shop("show", job_id, "--json").json["extended_by"] == 180
     ran = shop("cancel", job_id)
     assert (0, f"{job_id}\tcancelling\n") == (ran.code, ran.text), ran
     ran = shop("watch", job_id)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from command import Folder, a_folder
 
+from mlqueue import MLQ, Settings
+
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Folder]:
@@ -39,3 +41,18 @@ def test_why_says_why_in_a_sentence(folder: Folder) -> None:
     assert "turn of     ann" in shown
     assert "unique      k" in shown
     assert 3 == folder("why", "nobody").code
+
+
+def test_keys_that_the_actor_makes_are_to_be_given(folder: Folder) -> None:
+    app = MLQ("limits", settings=Settings.load(folder.environ))
+    try:
+        app.store.start_worker("w", {}, {"keyed": "here"}, keys={"keyed": ["concurrency_key", "unique_key"]})
+        refused = folder("submit", "keyed", "1", "--concurrency-key", "a")
+        assert 2 == refused.code
+        assert "the unique_key of a job of keyed is made of its arguments" in refused.err
+        assert "--unique-key TEXT ('' for none)" in refused.err
+        job_id = folder("submit", "keyed", "1", "--concurrency-key", "a", "--unique-key", "").text.strip()
+        record = app.store.record(job_id)
+        assert ("here", "a", None) == (record.queue, record.concurrency_key, record.unique_key)
+    finally:
+        app.close()

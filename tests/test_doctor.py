@@ -212,6 +212,34 @@ class TestCompletion:
         assert done.stderr == ""
         return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
+    def test_completes_in_bash(self, tmp_path: Path) -> None:
+        command = tmp_path / "mlqueue"
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlqueue "$@"\n')
+        command.chmod(0o755)
+        script = """
+            eval "$(mlqueue completion bash)"
+            COMP_WORDS=(mlqueue dead req) COMP_CWORD=2
+            "$(complete -p mlqueue | sed 's/.*-F \\([^ ]*\\).*/\\1/')" mlqueue
+            echo "${COMPREPLY[@]}"
+        """
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", "--norc", "-c", script], capture_output=True, text=True, timeout=30, env=environment
+        )
+        assert (done.stdout, done.stderr) == ("requeue\n", "")
+
+    @pytest.mark.parametrize(
+        ("shell", "current", "expected"),
+        [
+            ("zsh", "2", ["plain", "requeue", "Put dead letters back at the end of their..."]),
+            ("fish", "req", ["plain,requeue\tPut dead letters back at the end of their..."]),
+        ],
+    )
+    def test_answers_the_other_shells(self, shell: str, current: str, expected: list[str]) -> None:
+        words = "mlqueue dead req" if shell == "zsh" else "mlqueue dead"
+        done = mlqueue(_MLQUEUE_COMPLETE=f"{shell}_complete", COMP_WORDS=words, COMP_CWORD=current)
+        assert (done.stdout.splitlines(), done.stderr) == (expected, "")
+
     def test_offers_commands_and_options(self, tmp_path: Path) -> None:
         assert self.complete("mlqueue mig") == ["migrate"]
         assert self.complete("mlqueue dead req") == ["requeue"]

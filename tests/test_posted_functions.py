@@ -383,8 +383,9 @@ def test_what_was_taken_once_is_not_taken_again_nor_what_was_signed_before_it(ml
 
 
 def test_a_removal_also_ends_what_was_signed_and_not_yet_sent(mlq: MLQ) -> None:
-    kept_back = signed(mlq, b"1", serial=functions._now() + 1)
-    put(mlq, signed(mlq, b"2"))
+    put(mlq, signed(mlq, b"1"))
+    kept_back = signed(mlq, b"2")  # after it, so that it could take its place
+    assert kept_back.serial > mlq.functions()[0].serial
     eventually(lambda: functions._now() > kept_back.serial + 50_000)
     mlq.remove_function("bird")
     with pytest.raises(SignatureInvalid):
@@ -512,6 +513,7 @@ def test_with_nothing_but_functions_that_cannot_be_loaded_jobs_for_all_wait(
     with pytest.raises(JobFailed):
         run(mlq, 1, functions=["bird"])
     assert (job.done, job.record.attempt) == (False, 0)
+    assert "waits for a worker that has listener functions; none of queue default does." in str(job.why())
 
 
 # What may be posted

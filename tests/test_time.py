@@ -72,6 +72,30 @@ def test_its_time_is_over_before_a_worker_comes(mlq: MLQ, start_worker: StartWor
     assert hurry(mlq) == []
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_a_job_whose_time_is_over_keeps_nobody_from_a_slot(mlq: MLQ, start_worker: StartWorker, in_turn: bool) -> None:
+    go = threading.Event()
+    mlq.limits.set("gpu", 2)
+
+    @mlq.actor(resources={"gpu": 2}, **({"fair_by": lambda: "me"} if in_turn else {}))
+    def large() -> None: ...
+
+    @mlq.actor(resources={"gpu": 1})
+    def small(waits: bool) -> None:
+        go.wait(10 if waits else 0)
+
+    start_worker(threads=2)
+    first = small.submit(True)
+    eventually(lambda: first.state is State.RUNNING)
+    late = large.submit(queue_timeout=0.05)  # it comes first, and the slot that is free waits with it
+    eventually(lambda: mlq.store.now() > late.record.created_at + 0.05)
+    small.submit(False).result(timeout=5)
+    # By the worker's turn; nobody has swept.
+    assert (State.DEAD, DeadReason.EXPIRED) == (late.state, late.record.dead_reason)
+    go.set()
+    first.result(timeout=10)
+
+
 def test_who_waits_for_a_job_does_not_start_it_late(mlq: MLQ, start_worker: StartWorker) -> None:
     @mlq.actor(queue_name="elsewhere", priority=5)
     def inner() -> int:

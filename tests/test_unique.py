@@ -56,6 +56,32 @@ def test_a_key_belongs_to_the_actor_and_may_be_made_of_the_arguments(mlq: MLQ) -
     assert (one, True) == (three, one != two)
 
 
+def test_who_submits_by_name_gives_the_keys_that_the_actor_makes(
+    mlq: MLQ, server: Settings, start_worker: StartWorker
+) -> None:
+    gate = threading.Event()
+
+    @mlq.actor(queue_name="here", unique_key=lambda n: f"n {n}", fair_by=lambda n: "me")
+    def work(n: int) -> None:
+        gate.wait(10)
+
+    start_worker()
+    elsewhere = MLQ(mlq.name, settings=server)  # without the actor's code
+    try:
+        eventually(lambda: elsewhere.store.queue_of("work") == "here")
+        for given, missing in ({}, "fair_by"), ({"fair_by": None}, "unique_key"):
+            for queue in {}, {"queue_name": "here"}:
+                with pytest.raises(InvalidJob, match=f"the {missing} of a job of work is made of its arguments"):
+                    elsewhere.submit("work", 1, **given, **queue)
+        assert [] == mlq.jobs().jobs
+        job = mlq.submit("work", 1)
+        assert job == elsewhere.submit("work", 1, fair_by="you", unique_key="n 1")
+        assert job != elsewhere.submit("work", 1, fair_by=None, unique_key=None)
+    finally:
+        elsewhere.close()
+        gate.set()
+
+
 def test_a_job_is_unique_while_it_waits_until_it_has_ended_or_for_a_time(mlq: MLQ, start_worker: StartWorker) -> None:
     gate = threading.Event()
 
@@ -160,6 +186,13 @@ def test_a_key_goes_with_its_job(mlq: MLQ) -> None:
     work.submit(unique_key="k")
     assert 1 == mlq.clear()
     assert [] == [key for key in mlq.client.scan_iter(f"{mlq.store.root}:*") if b":uk:" in key]
+
+
+@pytest.mark.parametrize("option", ["unique_key", "fair_by", "concurrency_key", "tags", "functions"])
+def test_half_a_character_is_no_key(mlq: MLQ, option: str) -> None:
+    value: Any = "\ud800" if option not in ("tags", "functions") else ["\ud800"]
+    with pytest.raises(InvalidJob, match=f"option {option}="):
+        mlq.submit("work", **{option: value}) if option != "functions" else mlq.post(1, functions=value)
 
 
 def test_what_cannot_be_unique_is_refused(mlq: MLQ) -> None:

@@ -163,6 +163,8 @@ def test_progress_is_told_at_most_once_in_its_time_and_the_latest_wins(
     assert 3 <= len(reports) <= 6
     assert reports == sorted(set(reports))
     assert of_type(hook, "progress")[-1]["data"]["progress_note"] == "step 59"
+    # Never more than one waits for its time, so none is left of those before.
+    assert {one.state for one in deliveries(mlq)} <= {State.RUNNING}
     # They are due so far apart; how long each takes on its way is not the same.
     assert (times[-1] - times[0]) / (len(times) - 1) > 0.3
 
@@ -380,8 +382,27 @@ def test_410_ends_it_for_all_further_events_of_the_job(mlq: MLQ, start_worker: S
         job.result(15)
         eventually(lambda: other.calls and not deliveries(mlq))
         assert [call.event["type"] for call in hook.calls] == ["job.started"]
+        # What nobody wants is not even made; the callback was.
+        assert mlq.client.hget(f"{mlq.store.root}:j:{job.id}", "C") == b"1"
         job.redeliver(webhook=other.url)
         eventually(lambda: of_type_or_none(other))
+
+
+def test_410_ends_what_waits_to_be_tried_again_too(
+    mlq: MLQ, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivering, "WEBHOOK_PAUSES", (0.3,) * len(WEBHOOK_PAUSES))
+    with receiver(answers(500), answers(GONE), answers(200)) as hook:
+
+        @mlq.actor
+        def work() -> None:
+            eventually(lambda: mlq.job(mlqueue.current_job().id).record.callback_attempts)
+
+        start_worker()
+        job = work.submit(webhook=Webhook(hook.url, ["started", "completed"]))  # type: ignore[call-arg]
+        job.result(15)
+        eventually(lambda: not deliveries(mlq))
+        assert [call.event["type"] for call in hook.calls] == ["job.started", "job.completed"]
 
 
 def of_type_or_none(hook: Receiver) -> list[str]:

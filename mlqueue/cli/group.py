@@ -45,6 +45,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "top": Entry("top", "Watch queues, workers and the latest jobs."),
     "cancel": Entry("steer", "Cancel jobs."),
     "retry": Entry("steer", "Put dead or cancelled jobs back into their queues."),
+    "extend": Entry("steer", "Give running jobs more time."),
     "why": Entry("limit", "Say in one sentence why a job does not run."),
     "limit": Entry("limit", "Set how many jobs that need NAME run at a time, or show the limits."),
     "dead": Entry("dead", "Dead letters: list, show, put back, forget, export and import them."),

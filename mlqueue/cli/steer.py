@@ -1,4 +1,4 @@
-"""``mlqueue cancel`` and ``retry``: several jobs at once, each with its own outcome."""
+"""``mlqueue cancel``, ``retry`` and ``extend``: several jobs at once, each with its own outcome."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import click
 
 from ..errors import MLQueueError, StoreError
-from ..job import State
+from ..job import State, positive
+from . import types
 from .call import Call, command
 from .opening import open_store
 
@@ -46,6 +47,24 @@ def retry(call: Call, job_ids: tuple[str, ...]) -> int:
     return each(call, job_ids, act)
 
 
+@command()
+@click.argument("job_ids", metavar="ID...", nargs=-1, required=True)
+@click.option("--by", type=types.duration, metavar="DURATION", required=True, help="How much more: 30, 10m, 2h.")
+def extend(call: Call, job_ids: tuple[str, ...], by: float) -> int:
+    """Give running jobs more time: all limits of the attempts that run are over that much later.
+
+    Prints each id with running; how much it was given in all, `mlqueue show` says.
+    """
+    seconds = positive(by, "--by")
+    store = open_store(call)
+
+    def act(job_id: str) -> str:
+        store.extend(job_id, seconds)
+        return str(State.RUNNING)
+
+    return each(call, job_ids, act)
+
+
 def each(call: Call, job_ids: tuple[str, ...], act: Callable[[str], str]) -> int:
     """Does something to each job; one that it cannot be done to holds up none of the others. The exit code is that of
     the first error."""
@@ -66,4 +85,4 @@ def each(call: Call, job_ids: tuple[str, ...], act: Callable[[str], str]) -> int
     return code
 
 
-__all__ = ["cancel", "each", "retry"]
+__all__ = ["cancel", "each", "extend", "retry"]

@@ -14,6 +14,7 @@ from dramatiq import Message
 from ..app import MLQ, message_options
 from ..errors import InvalidJob
 from ..job import State, check_id, new_id
+from ..limits import check_keys
 from ..store import Store
 from . import types
 from .call import Call, command
@@ -80,6 +81,7 @@ class NumbersAreArguments(click.Command):
 @click.option("--callback", metavar="URL", help="What is fetched when the job has ended.")
 @click.option("--webhook", metavar="URL", help="Where its ends are posted to, as a signed webhook.")
 @click.option("--fair-by", metavar="TEXT", help="Jobs of each such text have their turn.")
+@click.option("--concurrency-key", metavar="TEXT", help="Of the actor's jobs with this key so many run at a time.")
 @click.option("--unique-key", metavar="TEXT", help="Of the actor's jobs with this key there is one.")
 @click.option("--unique-for", metavar="TIME", help="As long as it is queued, active [active], or a duration.")
 @click.option(
@@ -104,6 +106,7 @@ def submit(
     callback: str | None,
     webhook: str | None,
     fair_by: str | None,
+    concurrency_key: str | None,
     unique_key: str | None,
     unique_for: str | None,
     unique_policy: str | None,
@@ -126,8 +129,10 @@ def submit(
     options |= {"callback": callback, "webhook": webhook}
     options |= {"queue_timeout": queue_timeout, "hard_time_limit": hard_time_limit}
     holds = unique_for if unique_for in ("queued", "active", None) else types.duration(str(unique_for))
-    options |= {"fair_by": fair_by, "unique_key": unique_key, "unique_for": holds, "unique_policy": unique_policy}
+    options |= {"unique_for": holds, "unique_policy": unique_policy}
     given = {name: value for name, value in options.items() if value is not None}
+    keys = {"fair_by": fair_by, "concurrency_key": concurrency_key, "unique_key": unique_key}
+    given |= {name: key or None for name, key in keys.items() if key is not None}
     store = open_store(call, start=True)
     message = _enqueue(MLQ(store.namespace, settings=call.settings), store, actor, args, keywords, queue, given, job_id)
     _warn_if_unknown(call, store, actor, message.queue_name)
@@ -168,8 +173,10 @@ def _enqueue(
 ) -> Message[Any]:
     # Not by `MLQ.submit`: there a keyword argument `delay` of the actor would be an option of the job.
     rest, delay_ms, _ = message_options(options)
+    declared, keys = store.declared(actor)
+    check_keys(actor, keys, options)
     message: Message[Any] = Message(
-        queue_name=queue or store.queue_of(actor) or "default",
+        queue_name=queue or declared or "default",
         actor_name=actor,
         args=args,
         kwargs=kwargs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote as _quote
@@ -149,6 +150,10 @@ def pack_dead(
         "t": milliseconds(record.created_at),
         "g": str(record.dead_reason or DeadReason.FAILED),
     }
+    if job.unique_key is not None:
+        # It stands in nobody's way as long as it is dead, and nobody in its: the key counts when it is put back.
+        fields["D"] = quote(job.unique_key)
+        job = dataclasses.replace(job, unique_key=None)
     if record.worker is not None:
         fields["w"] = record.worker
     if record.started_at is not None:

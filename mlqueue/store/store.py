@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Final, NamedTuple
 
@@ -386,13 +386,19 @@ class Store:
         info: dict[str, Any],
         actors: Mapping[str, str],
         published: Mapping[str, bytes] | None = None,
+        keys: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         """Makes a worker incarnation known, with the queue of each actor that it knows, and gives it a lease.
 
-        `published` is what web processes are told of those actors that they may submit jobs of.
+        `published` is what web processes are told of those actors that they may submit jobs of; `keys` the names of
+        the keys that actors make of the arguments.
         """
-        known = published or {}
-        parts = [part for actor, queue in actors.items() for part in (actor, queue, known.get(actor, b""))]
+        known, made = published or {}, keys or {}
+        parts = [
+            part
+            for actor, queue in actors.items()
+            for part in (actor, " ".join((queue, *sorted(made.get(actor, ())))), known.get(actor, b""))
+        ]
         self._run("start_worker", worker, milliseconds(self.settings.lease), codec.encode(info), *parts)
 
     def published(self, actor: str) -> bytes | None:
@@ -408,8 +414,16 @@ class Store:
 
     def queue_of(self, actor: str) -> str | None:
         """The queue of an actor that some worker has declared; None when none has."""
-        queue: bytes | None = self.connector.execute("HGET", f"{self.root}:actors", actor)
-        return None if queue is None else queue.decode()
+        return self.declared(actor)[0]
+
+    def declared(self, actor: str) -> tuple[str | None, list[str]]:
+        """The queue of an actor that some worker has declared, None when none has; and the names of the keys that it
+        makes of the arguments of its jobs, which who has not its code has to give."""
+        found: bytes | None = self.connector.execute("HGET", f"{self.root}:actors", actor)
+        if found is None:
+            return None, []
+        queue, *keys = found.decode().split(" ")  # no queue has a space in its name
+        return queue, keys
 
     def turn_command(
         self,

@@ -111,11 +111,12 @@ def available() -> int:
 
 @pytest.mark.faults_long
 def test_arguments_and_results_of_two_gigabytes_arrive_whole(fleet: Callable[..., Fleet]) -> None:
+    # Submitter and worker at their peaks at once, and the server: 8 GB were measured.
+    if available() < 5 * 2048 * MIB:
+        pytest.skip(f"{available() / 2**30:.1f} GiB of memory are free; this takes 10")
     here = fleet(max_message_bytes="4G", max_result_bytes="4G", socket_timeout=30)
     here.worker(processes=1, threads=2)
-    sizes: list[int | None] = [511 * MIB, 513 * MIB, 2048 * MIB]
-    # Submitter and worker at their peaks at once, and the server.
-    check_sizes(here, [size for size in sizes if size and 11 * size < available()], factor=5)
+    check_sizes(here, [511 * MIB, 513 * MIB, 2048 * MIB], factor=5)
 
 
 @pytest.mark.faults

@@ -48,7 +48,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:h:WORKER       set     jobs that it holds: exactly those in state r with w = WORKER
   R:bell:QUEUE:LANE list   doorbell of a lane: at most one token; idle workers block on it
   R:wb:BELL        list    a waiter's or a worker's own bell; tokens say what happened
-  R:actors         hash    the queue of every actor that a worker has declared, for who submits by name
+  R:actors         hash    of every actor that a worker has declared its queue, and behind spaces the names of the keys
+                           that it makes of the arguments: for who submits by name
   R:http           hash    what web processes are told of every actor that may be called over HTTP (MessagePack)
   R:keys           hash    API keys by their id (MessagePack; of the secret its SHA-256 alone)
   R:pf             hash    posted functions by name (MessagePack: place, serial, when signed, when posted, code, signature,

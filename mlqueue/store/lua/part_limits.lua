@@ -83,6 +83,12 @@ make_limits = function()
     end
   end
 
+  -- Whether the queue timeout of a waiting job is over: it holds up nobody while it lacks slots, but ends at once.
+  local function over(id)
+    local at = tonumber(call('HGET', jkey(id), 'U'))
+    return at and at <= NOW
+  end
+
   -- Gives an attempt of a job the slots that it needs, and returns them packed: for each limit its name, the slots, and
   -- where they are only lent the attempts that get them back, the first of them that runs still. lent: by name the slots
   -- and these attempts.
@@ -300,7 +306,7 @@ make_limits = function()
       else
         local needs = made.needs(lane.actor, group)
         local name, number = made.lacking(needs, lane.score)
-        if not name then
+        if not name or over(id) then
           return id, needs, group
         end
         if not string.find(name, '/', 1, true) then
@@ -315,7 +321,7 @@ make_limits = function()
   end
 
   -- The job of a lane that is to be started next, what it needs, and its group where it stands in one; nil when none
-  -- may start, and the lane is parked.
+  -- may start, and the lane is parked. One whose time is over may lack what it needs: `start` ends it.
   -- lane: queue, lane, actor, key of the shelf, letter of the shelf, and who stands first there, if that is known.
   function made.first(lane)
     local found = lane.found
@@ -345,7 +351,7 @@ make_limits = function()
     local group = grouped(lane.lane) and call('HGET', jkey(id), 'E') or nil
     local needs = made.needs(lane.actor, group)
     local name, number = made.lacking(needs, lane.score)
-    if name then
+    if name and not over(id) then
       wait_for(name, number, lane)
       return nil
     end

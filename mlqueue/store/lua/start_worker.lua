@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- ARGV: worker, lease in ms, info, then of each actor that it knows the name, the queue and what web processes are told
--- of it ('' when it is not to be called by them).
+-- ARGV: worker, lease in ms, info, then of each actor that it knows the name, the queue (and keys, as R:actors has them)
+-- and what web processes are told of it ('' when it is not to be called by them).
 call('HSET', R .. ':w:' .. ARGV[1], 'info', ARGV[3])
 call('PERSIST', R .. ':w:' .. ARGV[1])
 call('ZADD', R .. ':workers', NOW + tonumber(ARGV[2]), ARGV[1])
