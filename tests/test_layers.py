@@ -81,6 +81,8 @@ LATE = {
     "PIL": "optional",
     "pynvml": "optional",
     "cloudpickle": "optional",
+    "lz4": "optional",
+    "zstandard": "optional",
     "pandas": "optional",
     "pyarrow": "optional",
     "rich": "optional",
@@ -109,7 +111,8 @@ HEAVY = (
 
 #: The modules of mlqueue.batch that know the queue; none of the others imports one of them.
 BATCHES_ON_THE_QUEUE = {
-    f"mlqueue.batch.{name}" for name in ("actor_pool", "actor_crew", "serving", "requests", "links")
+    f"mlqueue.batch.{name}"
+    for name in ("actor_pool", "actor_crew", "serving", "requests", "links", "ways", "remote", "tcp", "through_store")
 }
 
 

@@ -33,11 +33,12 @@ from mlqueue.batch import links, serving
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
 from mlqueue.batch.errors import BatchSkipped, SourceMismatch
-from mlqueue.batch.links import HostListener, HostPeer, Report
+from mlqueue.batch.links import Peer, Report
 from mlqueue.batch.pickling import pickle_code
 from mlqueue.batch.process_crew import WorkerDied, same_bytes
 from mlqueue.batch.requests import PURPOSE, encode_request, load_signed, rebuild_error
 from mlqueue.batch.transport import Segment, SlotArena, SlotWriter, read_description
+from mlqueue.batch.ways import Doors
 from mlqueue.named import NamedSource, Reference
 from mlqueue.signing import Keyring
 
@@ -144,7 +145,7 @@ class Lease:
 class Place:
     """What the desk knows of a worker that has come."""
 
-    peer: HostPeer
+    peer: Peer
     heard: float
     #: Whether it has said who it is.
     known: bool = False
@@ -198,14 +199,14 @@ class Desk:
     """Where leases are given out and workers come. Used by a crew, and by two threads of its own, which must not keep
     the crew alive."""
 
-    def __init__(self, terms: Terms, keys: tuple[str, ...]) -> None:
+    def __init__(self, terms: Terms, keys: tuple[str, ...], doors: Doors) -> None:
         self.terms, self.keys = terms, keys
         self.run = uuid.uuid4().hex[:12]
         self.pid = os.getpid()
         self.lock = threading.RLock()
         self.stats = PoolStats()
         self.closed = False
-        self.listener = HostListener()
+        self.listener = doors
         #: Called when workers may be needed.
         self.call_staff: Callable[[], None] = lambda: None
         #: The jobs of workers that have gone without a word: they are not to be started again.
@@ -228,11 +229,14 @@ class Desk:
         self._seconds: deque[float] = deque(maxlen=64)  # that the last batches took
         self._ahead = FEWEST_AHEAD
         self._refused: dict[int, tuple[float, str]] = {}  # sources: since when, and why
+        self._said: set[tuple[str, str]] = set()
         self._looked = time.monotonic()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._poll = select.poll()
-        self._poll.register(self.listener.socket, select.POLLIN)
+        self._doors = {door.fileno() for door in self.listener.sockets}
+        for door in self._doors:
+            self._poll.register(door, select.POLLIN)
         self._poll.register(self._wake_read, select.POLLIN)
         _desks.add(self)
         self._thread = threading.Thread(target=self._keep, name="mlqueue-batch-desk", daemon=True)
@@ -271,10 +275,10 @@ class Desk:
 
     def _place_for(self, lease: Lease) -> Place | None:
         source = lease.work.source.number if isinstance(lease.work, BatchCall) else 0
-        fewest, found = self._ahead, None
+        fewest, found = MOST_AHEAD + self._ahead, None
         for place in self.places.values():
             if (
-                len(place.held) < fewest
+                len(place.held) < min(fewest, self._ahead + place.peer.under_way)
                 and place.known
                 and not place.stalled
                 and not place.leaving
@@ -319,8 +323,8 @@ class Desk:
                 for fd, _ in ready:
                     if fd == self._wake_read:
                         os.read(self._wake_read, 4096)
-                    elif fd == self.listener.socket.fileno():
-                        self._accept()
+                    elif fd in self._doors:
+                        self._accept(fd)
                     elif fd in self.places:
                         self._read(self.places[fd])
                 now = time.monotonic()
@@ -336,8 +340,8 @@ class Desk:
         except OSError:
             pass  # it is awake, or has ended
 
-    def _accept(self) -> None:
-        while (peer := self.listener.accept(next(self._serials))) is not None:
+    def _accept(self, door: int) -> None:
+        while (peer := self.listener.accept(door, next(self._serials))) is not None:
             place = Place(peer, time.monotonic())
             self.places[peer.socket.fileno()] = place
             self._poll.register(peer.socket, select.POLLIN)
@@ -368,6 +372,7 @@ class Desk:
         place.heard = place.idle_since = time.monotonic()
         self._by_serial[place.peer.serial] = place
         self.come_jobs.append(place.peer.job)
+        self._say_how(place.peer)
         others = [other for other in self.places.values() if other.known and other is not place and not other.leaving]
         if len(others) >= self.terms.workers or any(other.peer.process == place.peer.process for other in others):
             # A process prepares one batch at a time: others of its threads would only share its global lock.
@@ -376,6 +381,12 @@ class Desk:
             self.declined_at = place.heard
         self._note_alone()
         self.call_staff()
+
+    def _say_how(self, peer: Peer) -> None:
+        """Tell once for each host how its batches come."""
+        if (peer.host, peer.way) not in self._said:
+            self._said.add((peer.host, peer.way))
+            logger.info("batches come from %s by %s", f"host {peer.host}" if peer.host else "this host", peer.way)
 
     def _take(self, place: Place, report: Report) -> None:
         if report.kind == links.BEAT:
@@ -425,6 +436,9 @@ class Desk:
         """Nobody need prepare it any more."""
         self.leases.pop(lease.number, None)
         self.call_off(lease)
+        for serial in list(lease.holders):
+            if serial in self._by_serial:
+                self._by_serial[serial].peer.call_off(lease.number)
         lease.done = True
         if lease.ready.locked():
             lease.ready.release()
@@ -468,8 +482,8 @@ class Desk:
         else:
             self.give_up(lease, SourceMismatch(text))
 
-    def _drop(self, place: Place) -> None:
-        """The worker has gone, or is cut off."""
+    def _drop(self, place: Place, *, silent: bool = False) -> None:
+        """The worker has gone, or is cut off; `silent`: because it gives no sign of life."""
         fd = place.peer.socket.fileno()
         self._poll.unregister(fd)
         del self.places[fd]
@@ -477,12 +491,13 @@ class Desk:
         self._by_serial.pop(place.peer.serial, None)
         if place.known and not place.leaving:
             self.lost_jobs.append(place.peer.job)
+        died = place.peer.has_died(silent)
         for number, (slot, _) in place.held.items():
-            begun = place.peer.has_begun(self.arena.slots[slot])
-            self._discard(slot, begun)
+            begun = place.peer.has_begun(number, self.arena.slots[slot])
+            self._discard(slot, begun and place.peer.shares_slots)
             lease = self.leases.get(number)
             if lease is not None:
-                self._lose(lease, place, begun)
+                self._lose(lease, place, begun and died)
         self._note_alone()
         self.call_staff()
 
@@ -517,7 +532,7 @@ class Desk:
                 place.heard = now
             silent = now - place.heard
             if (not place.known and silent > HELLO_WITHIN) or silent > CUT_OFF_AFTER * self.terms.lease:
-                self._drop(place)
+                self._drop(place, silent=True)
             elif place.known and not place.stalled and silent > self.terms.lease:
                 self._stall(place)
         if self.terms.stragglers is not None and self._seconds:
@@ -604,7 +619,7 @@ class Desk:
             values = {**vars(self.stats), "workers": len(known), "outstanding": len(self.leases)}
             values["workers_waited"] = self.stats.workers_waited + idle
             values["ready"] = self.arena.busy - sum(len(place.held) for place in self.places.values())
-            values["transport"] = "shared memory" if known else ""
+            values["transport"] = ", ".join(sorted({place.peer.way for place in known}))
             return PoolStats(**values)
 
     def close(self) -> None:
@@ -627,6 +642,7 @@ class Desk:
         self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        self.listener.join()
         os.close(self._wake_write)
         os.close(self._wake_read)
 
@@ -639,9 +655,9 @@ def _let_go_in_fork() -> None:
     end is what its workers see."""
     for desk in _desks:
         if not desk.closed:
-            desk.listener.socket.close()
+            desk.listener.let_go()
             for place in desk.places.values():
-                place.peer.socket.close()
+                place.peer.let_go()
 
 
 os.register_at_fork(after_in_child=_let_go_in_fork)
@@ -663,9 +679,11 @@ class ActorCrew(Crew):
         keys: tuple[str, ...],
         sources: dict[str, NamedSource[..., Any]],
         open_staff: Callable[[Desk], Callable[[], None]],
+        doors: Callable[[], Doors],
     ) -> None:
         super().__init__(terms.workers)
         self._terms, self._keys, self._named, self._open_staff = terms, keys, sources, open_staff
+        self._open_doors = doors
         self._desk: Desk | None = None
         self._closed = False
         self._numbers = itertools.count(1)
@@ -679,7 +697,7 @@ class ActorCrew(Crew):
         if self._desk is None:
             with self._opening:
                 if self._desk is None:
-                    desk = Desk(self._terms, self._keys)
+                    desk = Desk(self._terms, self._keys, self._open_doors())
                     self._stop = weakref.finalize(self, _close, desk, self._open_staff(desk))
                     self._desk = desk
         if os.getpid() != self._desk.pid:

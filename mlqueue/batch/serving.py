@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from mlqueue.batch import links
+from mlqueue.batch import links, ways
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.errors import SourceFailed
 from mlqueue.batch.links import Link, Order
@@ -129,7 +129,7 @@ def serve(
 ) -> int:
     """Prepare batches for the trainer at `address`; how many. `terms`: see `ActorPool`, in seconds."""
     job = current_job()
-    link = links.connect(address, job.id)
+    link = ways.connect(address, job.id, broker.settings, broker.store.connector)
     if link is None:
         return 0
     serving = Serving(link, sources, broker.settings.signing_keys, Patience(broker, job, terms))
