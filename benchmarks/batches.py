@@ -28,6 +28,7 @@ import json
 import math
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import tempfile
@@ -433,31 +434,36 @@ def parallel(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def actor_workers() -> Iterator[Any]:
-    """A throw-away store, two worker processes, and the module of their sources as this process has it."""
+def actor_workers(processes: int = WORKERS, **settings: str) -> Iterator[Any]:
+    """A throw-away store, worker processes, and the module of their sources as this process has it; all of them with
+    these settings."""
     from mlqueue.testing import temporary_server
 
     here = str(Path(__file__).resolve().parent / "sources")
-    with temporary_server() as settings:
-        os.environ["MLQUEUE_URL"] = str(settings.url)
+    with temporary_server() as server:
+        given = {"url": str(server.url), **settings}
+        os.environ |= {f"MLQUEUE_{name.upper()}": value for name, value in given.items()}
         sys.path.insert(0, here)
         sys.modules.setdefault("batches", sys.modules[__name__])
         import actor_sources
 
-        command = [sys.executable, "-m", "mlqueue", "worker", "actor_sources", "--processes", str(WORKERS)]
+        command = [sys.executable, "-m", "mlqueue", "worker", "actor_sources", "--processes", str(processes)]
         path = os.pathsep.join([here, *[entry for entry in sys.path if entry]])
         with tempfile.TemporaryFile() as log:
             worker = subprocess.Popen(
                 [*command, "--threads", "1"], env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=log, cwd=here
             )
             try:
-                while len(actor_sources.mlq.store.workers()) < WORKERS and worker.poll() is None:
+                while len(actor_sources.mlq.store.workers()) < processes and worker.poll() is None:
                     time.sleep(0.05)
                 yield actor_sources
             finally:
                 worker.terminate()
                 worker.wait()
                 actor_sources.mlq.close()
+                del sys.modules["actor_sources"]
+                for name in given:
+                    del os.environ[f"MLQUEUE_{name.upper()}"]
 
 
 #: The tasks whose batches are large: 9.6 and 38.5 MB.
@@ -597,6 +603,113 @@ def single_batches(pool: Any, module: Any, options: argparse.Namespace) -> dict[
     row["hand-over of 9.6 MB"] = statistics.median(hand_over) * 1e3
     row["memcpy of it"] = statistics.median(copies) * 1e3
     return row
+
+
+# --- the same, between hosts ---
+
+#: How the ways between hosts are chosen here, where all is one host.
+ROADS = {
+    "TCP": {"batches_ways": "tcp", "batches_bind": "127.0.0.1"},
+    "the store": {"batches_ways": "store"},
+}
+#: Bytes of a batch of 64 pictures.
+BATCH_BYTES = 64 * 3 * SIDE * SIDE
+
+
+#: Sends blocks of so many bytes to a port, as long as somebody takes them.
+SENDER = """
+import socket, sys
+port, size = map(int, sys.argv[1:])
+block = memoryview(bytearray(size))
+with socket.create_connection(("127.0.0.1", port)) as connection:
+    while True:
+        connection.sendall(block)
+"""
+
+
+@contextlib.contextmanager
+def bare_tcp(target: np.ndarray) -> Iterator[Rate]:
+    """The least there is to do: a process sends blocks over a connection, which are received into an array."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        command = [sys.executable, "-c", SENDER, str(listening.getsockname()[1]), str(target.nbytes)]
+        sender = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        connection, _ = listening.accept()
+    view = memoryview(target)
+
+    def measure() -> float:
+        begun, count = 0.0, 50
+        for number in range(count + 5):
+            if number == 5:  # what had been sent ahead is gone
+                begun = time.perf_counter()
+            got = 0
+            while got < len(view):
+                got += connection.recv_into(view[got:], 0, socket.MSG_WAITALL)
+        return count / (time.perf_counter() - begun)
+
+    try:
+        with connection:
+            yield measure
+    finally:
+        sender.kill()
+        sender.wait()
+
+
+def network(options: argparse.Namespace) -> None:
+    """What it takes to move a batch that costs nothing to prepare, over loopback TCP and through the store."""
+    from mlqueue.batch.actor_pool import ActorPool
+
+    block, target = np.ones(BATCH_BYTES, np.uint8), np.zeros(BATCH_BYTES, np.uint8)
+    rows = []
+    for road, settings in ROADS.items():
+        secret = {"signing_key": "a key for benchmarks alone", "batches_compress": "off"}
+        with (
+            actor_workers(1, **settings, **secret) as module,
+            bare_tcp(target) as bare,
+            ActorPool(module.mlq, workers=1, alone_after=None) as pool,
+        ):
+            source = module.blank_source(length=64 * 60)
+
+            def batches(ahead: int, pool: Any = pool, source: Any = source) -> Rate:
+                def measure() -> float:
+                    given = pool.parallel_data_source(source, ahead).batch_iterator(64)
+                    for _ in range(10):
+                        next(given)
+                    return rate(given)
+
+                return measure
+
+            def copies() -> float:
+                begun = time.perf_counter()
+                for _ in range(50):
+                    np.copyto(target, block)
+                return 50 / (time.perf_counter() - begun)
+
+            client, content = module.mlq.client, block.tobytes()
+
+            def redis_py(client: Any = client, content: bytes = content) -> float:
+                begun = time.perf_counter()
+                for _ in range(10):
+                    client.set("benchmark", content)
+                    client.get("benchmark")
+                client.delete("benchmark")
+                return 10 / (time.perf_counter() - begun)
+
+            competitors = {
+                "memcpy": copies,
+                "bare TCP": bare,
+                "redis-py SET + GET": redis_py,
+                road: batches(2),
+                "8 ahead": batches(8),
+                "1 ahead": batches(1),
+            }
+            found = {name: 1e3 / value for name, value in compare(competitors, options.rounds).items()}
+            assert pool.stats().transport == road, pool.stats()
+            row: dict[str, Any] = {"way": road, "ms": found.pop(road), **found}
+            row["x memcpy"] = row["ms"] / row["memcpy"]
+            row["x bare TCP"] = row["ms"] / row["bare TCP"]
+            row["redis-py x"] = row["redis-py SET + GET"] / row["ms"]
+            rows.append(row)
+    table(f"A batch of {BATCH_BYTES / 1e6:.1f} MB between processes, as between hosts: milliseconds a batch", rows)
 
 
 def processor_cost(batches: Any, task: Any) -> float:
@@ -749,6 +862,7 @@ PARTS = {
     "threads": threads,
     "parallel": parallel,
     "actors": actors,
+    "network": network,
     "first": first,
     "weighted": weighted,
 }

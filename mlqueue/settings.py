@@ -27,7 +27,7 @@ from .storeurl import parse_store_url
 from .urlpolicy import is_url, policy_of
 from .webhooks import keys_of
 
-__all__ = ["PREFIX", "Described", "Settings", "parse_duration"]
+__all__ = ["PREFIX", "Described", "Settings", "parse_duration", "parse_endpoint"]
 
 #: What the name of every environment variable of ours begins with.
 PREFIX = "MLQUEUE_"
@@ -133,6 +133,26 @@ class _Capacities(_Text):
         for part in text.split(","):
             if not re.fullmatch(r"\s*[^@=,\s][^=,]*=\s*[0-9]{1,5}\s*", part) or int(part.partition("=")[2]) > 10_000:
                 raise _Invalid("not a list of names and numbers; allowed is gpu=2,licence=5, with numbers up to 10000")
+        return text
+
+
+#: How batches may travel from a worker to the trainer.
+WAYS = ("host", "tcp", "store")
+
+
+class _Ways(_Text):
+    def parse(self, value: object) -> object:
+        ways = [part.strip() for part in str(super().parse(value)).split(",")]
+        if not ways or len(set(ways)) < len(ways) or not set(ways) <= set(WAYS):
+            raise _Invalid(f"not a list of ways; allowed are some of {', '.join(WAYS)}, parted by commas")
+        return ",".join(ways)
+
+
+class _Endpoint(_Text):
+    def parse(self, value: object) -> object:
+        text = str(super().parse(value))
+        if parse_endpoint(text) is None:
+            raise _Invalid("no address; allowed are host, host:port, :port and [::1]:port, with ports up to 65535")
         return text
 
 
@@ -254,6 +274,15 @@ _BYTES = {"": 1, "b": 1, "k": _KIB, "m": _MIB, "g": _GIB, "t": 2**40}
 def parse_duration(text: str) -> float | None:
     """Seconds of a text as ``1.5``, ``500ms``, ``30s``, ``5m``, ``2h``, ``30d``; None for any other."""
     return _with_unit(text, _SECONDS)
+
+
+def parse_endpoint(text: str) -> tuple[str, int] | None:
+    """Host (maybe empty) and port (maybe 0) of a text as ``host``, ``host:port``, ``:port``, ``[::1]:port``; None for
+    any other."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:/@\s]*)(?::([0-9]{1,5}))?", text)
+    if match is None or not text or int(match[2] or 0) > 65535:
+        return None
+    return match[1].strip("[]"), int(match[2] or 0)
 
 
 def _with_unit(text: str, units: Mapping[str, float]) -> float | None:
@@ -440,8 +469,8 @@ class Settings:
     signing_key: str | None = field(
         default=None,
         metadata=_about(
-            "The secret that posted functions and pickled sources are signed with, the same for senders and workers; "
-            "parted by commas several, of which the first signs.",
+            "The secret that posted functions and pickled sources are signed with, and that trainers and workers of "
+            "other hosts know each other by, the same for all; parted by commas several, of which the first signs.",
             _Keys(),
             none="code that is sent is refused",
         ),
@@ -510,6 +539,80 @@ class Settings:
             "How many values of each of its metrics are kept of a job; when there are more, every second one goes.",
             _Count(10, 100_000),
         ),
+    )
+    batches_ways: str = field(
+        default=",".join(WAYS),
+        metadata=_about(
+            "How batches may travel from workers to the trainer of an ActorPool, what is tried first in front: memory "
+            "that is shared (host), a connection (tcp), the store.",
+            _Ways(),
+        ),
+    )
+    batches_bind: str | None = field(
+        default=None,
+        metadata=_about(
+            "Where a trainer listens for workers of other hosts, which needs a signing key.",
+            _Endpoint(),
+            none="a free port of the address that leads to the store",
+        ),
+    )
+    batches_advertise: str | None = field(
+        default=None,
+        metadata=_about(
+            "Where workers are told to reach a trainer, when that is another address or port than it listens at.",
+            _Endpoint(),
+            none="where it listens",
+        ),
+    )
+    batches_tls_cert: str | None = field(
+        default=None,
+        metadata=_about(
+            "The certificates (PEM) that a trainer shows to workers, and a worker to a trainer that asks for one.",
+            _PathText(),
+            none="batches travel without TLS",
+        ),
+    )
+    batches_tls_key: str | None = field(
+        default=None,
+        metadata=_about(
+            "The key (PEM) of these certificates.", _PathText(), none="it stands in the file of the certificates"
+        ),
+    )
+    batches_tls_ca: str | None = field(
+        default=None,
+        metadata=_about(
+            "Whose certificates (PEM) a worker takes from trainers, of whom it then wants TLS, and a trainer from "
+            "workers.",
+            _PathText(),
+            none="a worker takes none, a trainer asks for none",
+        ),
+    )
+    batches_store: str | None = field(
+        default=None,
+        metadata=_about(
+            "The URL of another Redis or Valkey for batches that travel through the store, the same for trainer and "
+            "workers.",
+            _Url(),
+            none="the store of the jobs",
+        ),
+    )
+    batches_store_bytes: int = field(
+        default=256 * _MIB,
+        metadata=_about(
+            "How much of the store the batches of one trainer may take at a time.", _Size(_MIB, 64 * 1024 * _GIB)
+        ),
+    )
+    batches_compress: str = field(
+        default="auto",
+        metadata=_about(
+            "Whether batches are compressed between hosts (lz4, zstd, where installed) as long as a probe says that it "
+            "pays.",
+            _Choice(("auto", "off")),
+        ),
+    )
+    max_batch_bytes: int = field(
+        default=4 * _GIB,
+        metadata=_about("How large a batch of a worker on another host may be.", _Size(_KIB, 64 * _GIB)),
     )
     data_home: Path | None = field(
         default=None,

@@ -81,6 +81,8 @@ LATE = {
     "PIL": "optional",
     "pynvml": "optional",
     "cloudpickle": "optional",
+    "lz4": "optional",
+    "zstandard": "optional",
     "pandas": "optional",
     "pyarrow": "optional",
     "rich": "optional",
@@ -120,6 +122,10 @@ BATCHES_ON_THE_QUEUE = {
         "links",
         "requests",
         "serving",
+        "ways",
+        "remote",
+        "tcp",
+        "through_store",
     )
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import mlqueue
-from mlqueue.batch.data_source import FunctionDataSource
+from mlqueue.batch.data_source import ArrayDataSource, FunctionDataSource
 
 if "batches" not in sys.modules:
     # By its path: beside it lies a queue.py, which must not be found before Python's own.
@@ -27,6 +27,16 @@ mlq = mlqueue.MLQ("benchmark-batches")
 @mlq.data_source("task")
 def task_source(name: str, folder: str, count: int) -> Any:
     return batches.TASKS[name](batches.make_images(Path(folder), count) if "JPEG" in name else []).source()
+
+
+def blank_pictures(rows: Any, empty: Any = np.empty) -> tuple[np.ndarray, ...]:
+    return (empty((len(rows), 3, batches.SIDE, batches.SIDE), np.uint8),)
+
+
+@mlq.data_source("blank")
+def blank_source(length: int) -> Any:
+    """Pictures that nobody paints: what they cost is to move them."""
+    return ArrayDataSource([np.arange(length)]).map(blank_pictures)
 
 
 @mlq.data_source("empty")

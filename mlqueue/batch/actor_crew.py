@@ -37,11 +37,12 @@ from mlqueue.batch.applied import Applied
 from mlqueue.batch.bell import Bell
 from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
 from mlqueue.batch.errors import BatchSkipped, SourceMismatch
-from mlqueue.batch.links import HostListener, HostPeer, Report
+from mlqueue.batch.links import Peer, Report
 from mlqueue.batch.pickling import pickle_code
 from mlqueue.batch.process_crew import WorkerDied, same_bytes
 from mlqueue.batch.requests import PURPOSE, encode_request, load_signed, rebuild_error
 from mlqueue.batch.transport import Segment, SlotArena, SlotWriter, TransportError, read_description
+from mlqueue.batch.ways import Doors
 from mlqueue.named import NamedSource, Reference
 from mlqueue.signing import Keyring
 
@@ -154,7 +155,7 @@ class Lease:
 class Place:
     """What the desk knows of a worker that has come."""
 
-    peer: HostPeer
+    peer: Peer
     heard: float
     #: Whether it has said who it is.
     known: bool = False
@@ -218,7 +219,7 @@ class Desk:
     """Where leases are given out and workers come. Used by a crew, and by two threads of its own, which must not keep
     the crew alive."""
 
-    def __init__(self, terms: Terms, keys: tuple[str, ...]) -> None:
+    def __init__(self, terms: Terms, keys: tuple[str, ...], doors: Doors) -> None:
         self.terms, self.keys = terms, keys
         self.run = uuid.uuid4().hex[:12]
         self.pid = os.getpid()
@@ -230,7 +231,7 @@ class Desk:
         #: Called when it has closed; returns when the store has forgotten it.
         self.end_staff: Callable[[], None] = lambda: None
         self._ends = False
-        self.listener = HostListener()
+        self.listener = doors
         #: Called when workers may be needed.
         self.call_staff: Callable[[], None] = lambda: None
         #: The jobs of workers that have gone without a word: they are not to be started again.
@@ -253,10 +254,13 @@ class Desk:
         self._seconds: deque[float] = deque(maxlen=64)  # that the last batches took
         self._ahead = FEWEST_AHEAD
         self._refused: dict[int, tuple[float, list[str]]] = {}  # sources: since when, and why, of each host
+        self._said: set[tuple[str, str]] = set()
         self._looked = time.monotonic()
         self._bell = Bell()
         self._poll = select.poll()
-        self._poll.register(self.listener.socket, select.POLLIN)
+        self._doors = {door.fileno() for door in self.listener.sockets}
+        for door in self._doors:
+            self._poll.register(door, select.POLLIN)
         self._poll.register(self._bell.reader, select.POLLIN)
         _desks.add(self)
         self._thread = threading.Thread(target=self._keep, name="mlqueue-batch-desk", daemon=True)
@@ -293,7 +297,7 @@ class Desk:
         """Send what waits to those who have room for it, in order. What none of those can take lets others pass."""
         passed = []
         while self._waiting:
-            places = [place for place in self.places.values() if place.is_open and len(place.held) < self._ahead]
+            places = [place for place in self.places.values() if place.is_open and len(place.held) < self._most(place)]
             if not places:
                 break
             entry = heapq.heappop(self._waiting)
@@ -310,6 +314,10 @@ class Desk:
         if not self._waiting and self._ahead <= FEW_AHEAD:
             self._even_out()
 
+    def _most(self, place: Place) -> int:
+        """How many leases a worker is given at a time: those ahead, and what is on its way."""
+        return self._ahead + place.peer.under_way
+
     def _even_out(self) -> None:
         """Give a lease that waits with a worker, behind another one, to a worker that has none."""
         places = [place for place in self.places.values() if place.is_open]
@@ -317,11 +325,13 @@ class Desk:
         if not idle:
             return
         busiest = max(places, key=lambda place: len(place.held))
-        if len(busiest.held) < 2:
-            return
+        if len(busiest.held) < 2 or not busiest.peer.shares_slots:
+            return  # a worker on another host would not see that one is no longer expected
         number, (slot, _) = next(reversed(busiest.held.items()))
         lease, segment = self.leases.get(number), self.arena.slots[slot]
-        if lease is None or lease.done or lease.here or len(lease.holders) > 1 or busiest.peer.has_begun(segment):
+        if lease is None or lease.done or lease.here or len(lease.holders) > 1:
+            return
+        if busiest.peer.has_begun(number, segment):
             return
         place = self._choose(idle, lease)
         if place is not None:
@@ -376,8 +386,8 @@ class Desk:
                 for fd, _ in ready:
                     if fd == self._bell.reader:
                         self._bell.hush()
-                    elif fd == self.listener.socket.fileno():
-                        self._accept()
+                    elif fd in self._doors:
+                        self._accept(fd)
                     elif fd in self.places:
                         self._read(self.places[fd])
                 now = time.monotonic()
@@ -390,8 +400,8 @@ class Desk:
         """Have the desk's thread look. Takes no lock."""
         self._bell.ring()
 
-    def _accept(self) -> None:
-        while (peer := self.listener.accept(next(self._serials))) is not None:
+    def _accept(self, door: int) -> None:
+        while (peer := self.listener.accept(door, next(self._serials))) is not None:
             place = Place(peer, time.monotonic())
             self.places[peer.socket.fileno()] = place
             self._poll.register(peer.socket, select.POLLIN)
@@ -422,6 +432,7 @@ class Desk:
         place.heard = place.idle_since = time.monotonic()
         self._by_serial[place.peer.serial] = place
         self.come_jobs.append(place.peer.job)
+        self._say_how(place.peer)
         others = [other for other in self.places.values() if other.known and other is not place and not other.leaving]
         # One that refuses a source is on a host that lacks its files, or has other code: another may be of use.
         enough = sum(not other.stalled and not other.refuses for other in others) >= self.terms.workers
@@ -432,6 +443,12 @@ class Desk:
             self.declined_at = place.heard
         self._note_alone()
         self.call_staff()
+
+    def _say_how(self, peer: Peer) -> None:
+        """Tell once for each host how its batches come."""
+        if (peer.host, peer.way) not in self._said:
+            self._said.add((peer.host, peer.way))
+            logger.info("batches come from %s by %s", f"host {peer.host}" if peer.host else "this host", peer.way)
 
     def _take(self, place: Place, report: Report) -> None:
         if report.kind == links.BEAT:
@@ -485,6 +502,9 @@ class Desk:
         """Nobody need prepare it any more."""
         self.leases.pop(lease.number, None)
         self.call_off(lease)
+        for serial in list(lease.holders):
+            if serial in self._by_serial:
+                self._by_serial[serial].peer.call_off(lease.number)
         lease.done = True
         if lease.ready.locked():
             lease.ready.release()
@@ -538,8 +558,8 @@ class Desk:
         else:
             self.give_up(lease, SourceMismatch(text))
 
-    def _drop(self, place: Place) -> None:
-        """The worker has gone, or is cut off."""
+    def _drop(self, place: Place, *, silent: bool = False) -> None:
+        """The worker has gone, or is cut off; `silent`: because it gives no sign of life."""
         fd = place.peer.socket.fileno()
         self._poll.unregister(fd)
         del self.places[fd]
@@ -547,18 +567,22 @@ class Desk:
         self._by_serial.pop(place.peer.serial, None)
         if place.known and not place.leaving:
             self.lost_jobs.append(place.peer.job)
+        died = place.peer.has_died(silent)
         for number, (slot, _) in place.held.items():
-            begun = place.peer.has_begun(self.arena.slots[slot])
-            self._discard(slot)
+            begun = place.peer.has_begun(number, self.arena.slots[slot])
+            self._discard(slot, place.peer.shares_slots)
             lease = self.leases.get(number)
             if lease is not None:
-                self._lose(lease, place, begun)
+                self._lose(lease, place, begun and died)
         self._note_alone()
         self.call_staff()
 
-    def _discard(self, slot: int) -> None:
+    def _discard(self, slot: int, shared: bool) -> None:
         """Forget the slot of a worker that has gone. One that was only cut off may go on where it was: what it writes
-        must never be found among the bytes of another batch, so the slot is not used again."""
+        must never be found among the bytes of another batch, so a slot that it shares is not used again."""
+        if not shared:
+            self.arena.release(slot)
+            return
         self.arena.discard(slot)
         for place in self.places.values():
             place.peer.tell(links.SLOT_GONE, slot)
@@ -590,7 +614,7 @@ class Desk:
                 place.heard = now
             silent = now - place.heard
             if (not place.known and silent > HELLO_WITHIN) or silent > CUT_OFF_AFTER * self.terms.lease:
-                self._drop(place)
+                self._drop(place, silent=True)
             elif place.known and not place.stalled and silent > self.terms.lease:
                 self._stall(place)
         if self.terms.stragglers is not None and self._seconds:
@@ -672,7 +696,7 @@ class Desk:
             values = {**vars(self.stats), "workers": len(known), "outstanding": len(self.leases)}
             values["workers_waited"] = self.stats.workers_waited + idle
             values["ready"] = self.arena.busy - sum(len(place.held) for place in self.places.values())
-            values["transport"] = "shared memory" if known else ""
+            values["transport"] = ", ".join(sorted({place.peer.way for place in known}))
             return PoolStats(**values)
 
     def leave(self) -> None:
@@ -686,6 +710,7 @@ class Desk:
             return
         self.leave()
         self._thread.join()
+        self.listener.join()
         self.end_staff()
 
     def _shut(self) -> None:
@@ -717,9 +742,9 @@ def _let_go_in_fork() -> None:
     end is what its workers see."""
     for desk in _desks:
         if not desk.closed:
-            desk.listener.socket.close()
+            desk.listener.let_go()
             for place in desk.places.values():
-                place.peer.socket.close()
+                place.peer.let_go()
 
 
 os.register_at_fork(after_in_child=_let_go_in_fork)
@@ -741,9 +766,11 @@ class ActorCrew(Crew):
         keys: tuple[str, ...],
         sources: dict[str, NamedSource[..., Any]],
         open_staff: Callable[[Desk], Callable[[], None]],
+        doors: Callable[[], Doors],
     ) -> None:
         super().__init__(terms.workers)
         self._terms, self._keys, self._named, self._open_staff = terms, keys, sources, open_staff
+        self._open_doors = doors
         self._desk: Desk | None = None
         self._closed = False
         self._gave_up: float | None = None  # on workers: what the desk's `alone_since` was then
@@ -758,7 +785,7 @@ class ActorCrew(Crew):
         if self._desk is None:
             with self._opening:
                 if self._desk is None:
-                    desk = Desk(self._terms, self._keys)
+                    desk = Desk(self._terms, self._keys, self._open_doors())
                     desk.end_staff = self._open_staff(desk)
                     weakref.finalize(self, desk.leave).atexit = False
                     self._desk = desk

@@ -13,8 +13,8 @@
         for x, y in ds.batch_iterator(64, shuffle=12345):
             ...
 
-The workers are any ``mlqueue worker MODULE`` of this host whose module registers the source. The batches are those of
-the source itself, in its order, whoever prepared them and whatever happened to who did.
+The workers are any ``mlqueue worker MODULE`` whose module registers the source, on this host or on others. The batches
+are those of the source itself, in its order, whoever prepared them and whatever happened to who did.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from mlqueue.app import MLQ
 from mlqueue.batch.actor_crew import ActorCrew, Desk, Policy, PoolStats, Terms
 from mlqueue.batch.data_source import AbstractDataSource
 from mlqueue.batch.inference import Run, batch_function
+from mlqueue.batch.ways import Doors, open_doors
 from mlqueue.batch.work_pool import AbstractWorkerPool, at_least_one
 from mlqueue.errors import InvalidJob, JobNotFound, StoreError
 from mlqueue.job import seconds
@@ -115,7 +116,8 @@ class ActorPool(AbstractWorkerPool):
         if mlq.broker.worker is None:  # a worker that runs takes no further queue for a trainer that is its job
             serving_actor(mlq, queue_name)
         open_staff = partial(_open_staff, mlq, queue_name)
-        super().__init__(ActorCrew(terms, mlq.settings.signing_keys, mlq.sources, open_staff))
+        doors = partial(_open_doors, mlq)
+        super().__init__(ActorCrew(terms, mlq.settings.signing_keys, mlq.sources, open_staff, doors))
 
     def map_concat(
         self,
@@ -222,6 +224,10 @@ def _above_zero(value: float | timedelta, name: str) -> float:
     if not given:
         raise InvalidJob(f"{name}={value!r}: it must be more than 0 seconds.")
     return given
+
+
+def _open_doors(mlq: MLQ) -> Doors:
+    return open_doors(mlq.settings, mlq.store.connector, mlq.store.root)
 
 
 def _open_staff(mlq: MLQ, queue_name: str, desk: Desk) -> Callable[[], None]:

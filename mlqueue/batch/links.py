@@ -1,14 +1,13 @@
 """How batches travel between a trainer and the actors that prepare them.
 
 A trainer listens (:class:`HostListener`) and has a :class:`Peer` for each worker that has come; a worker has a
-:class:`Link`, made by :func:`connect` from the address that its job carries. Both speak of leases and slots only: who
+:class:`Link`, made from the address that its job carries. Both speak of leases and slots only: who
 prepares a batch is given a place to write it (``link.place``), and says that it is there (``link.deliver``). How the
 bytes get from that place into the trainer's slot is the business of the pair of classes.
 
-There is one pair, for workers on the trainer's host (:class:`HostPeer`, :class:`HostLink`): the place *is* the slot, a
-segment of shared memory whose descriptor is passed over a unix socket, and nothing has to be moved. A pair for other
-hosts adds an entry to the address, receives the bytes behind the record of a delivery into the slot, and calls the rest
-by the same names.
+The pair that is here (:class:`HostPeer`, :class:`HostLink`) is for workers on the trainer's host: the place *is* the
+slot, a segment of shared memory whose descriptor is passed over a unix socket, and nothing has to be moved. The pairs
+for other hosts build on `remote`; `ways` opens all that there are, and takes the first that works.
 
 The socket has no name in any file system (where the system is Linux) and the segments have none at all, so nothing is
 left of either, however trainer and workers end. Both sides look who the other is: the same user (SO_PEERCRED), and the
@@ -17,7 +16,6 @@ worker has the token that its job carries.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import select
@@ -35,9 +33,7 @@ from typing import Any, NamedTuple
 from mlqueue.batch.pool_worker import CLAIMED, EXPECTED
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotWriter, receive_record, send_record
 
-__all__ = ["HostLink", "HostListener", "HostPeer", "Link", "Order", "Peer", "Report", "connect"]
-
-logger = logging.getLogger("mlqueue.batches")
+__all__ = ["HostLink", "HostListener", "HostPeer", "Link", "Order", "Peer", "Report"]
 
 #: What a worker says first: token, its process, process id, the id of its job (UTF-8, padded with zeros).
 HELLO = struct.Struct("<32s16sQ128s")
@@ -90,6 +86,13 @@ class Peer(ABC):
     """A worker that has come to a trainer. Its methods are called with the crew's lock held; `read` raises OSError or
     EOFError when the worker has gone, the others leave that to `read`."""
 
+    #: How many leases it has, as a rule, that it has prepared, and that are on their way.
+    under_way = 0
+    #: Whether the worker writes into our slots itself, maybe when it has been cut off too.
+    shares_slots = True
+    #: The name of its host; empty where that is ours.
+    host = ""
+
     def __init__(self, serial: int, connection: socket.socket) -> None:
         self.serial = serial
         self.socket = connection
@@ -98,6 +101,15 @@ class Peer(ABC):
         self.process = b""
         self.job = ""
         self._buffer = b""
+
+    @property
+    @abstractmethod
+    def way(self) -> str:
+        """How its batches travel, as users see it."""
+
+    @abstractmethod
+    def read_hello(self, token: bytes) -> bool:
+        """Whether it has said who it is. Raises PermissionError when it is not one of ours, and as `read` does."""
 
     @abstractmethod
     def read(self) -> list[Report]:
@@ -116,8 +128,19 @@ class Peer(ABC):
         """Tell it something that needs no more than a number."""
 
     @abstractmethod
-    def has_begun(self, segment: Segment) -> bool:
-        """Whether it has begun to prepare what it was to put into this slot."""
+    def has_begun(self, lease: int, segment: Segment) -> bool:
+        """Whether it has begun to prepare this lease, and is not done with it; `segment` is the slot of it."""
+
+    def has_died(self, silent: bool) -> bool:
+        """Whether, as it is let go of, it counts as ended rather than out of reach; `silent`: for want of a sign."""
+        return True
+
+    def call_off(self, lease: int) -> None:  # noqa: B027 - it need not be told
+        """The lease that it has is needed no more."""
+
+    def let_go(self) -> None:
+        """In a fork of the trainer: close what it has got of the connection."""
+        self.socket.close()
 
     def close(self) -> None:
         """Cut the connection. What the worker still writes goes nowhere."""
@@ -132,8 +155,11 @@ class HostPeer(Peer):
         connection.setblocking(False)
         self._slots: set[int] = set()  # whose descriptor it has
 
+    @property
+    def way(self) -> str:
+        return "shared memory"
+
     def read_hello(self, token: bytes) -> bool:
-        """Whether it has said who it is. Raises PermissionError when it is not one of ours."""
         self._receive()
         if len(self._buffer) < HELLO.size:
             return False
@@ -179,7 +205,7 @@ class HostPeer(Peer):
             self._slots.discard(number)
             self._send(kind, number)
 
-    def has_begun(self, segment: Segment) -> bool:
+    def has_begun(self, lease: int, segment: Segment) -> bool:
         return segment.word(CLAIMED) == self.serial
 
     def _send(self, kind: int, *numbers: int, fd: int | None = None) -> None:
@@ -224,6 +250,13 @@ class HostListener:
             return None
         return HostPeer(serial, connection)
 
+    def let_go(self) -> None:
+        """Close what a fork has got of it."""
+        self.socket.close()
+
+    def join(self) -> None:
+        """Wait until it is closed."""
+
     def close(self) -> None:
         self.socket.close()
         if self._folder is not None:
@@ -262,24 +295,11 @@ class Link(ABC):
 
     @abstractmethod
     def tell(self, kind: int) -> None:
-        """Say something that needs no more words."""
+        """Say something that needs no more words. Raises OSError when the trainer has gone."""
 
     @abstractmethod
     def close(self) -> None:
         """Cut the connection."""
-
-
-def connect(address: dict[str, Any], job_id: str) -> Link | None:
-    """The best way to the trainer at an address; None where there is none, or no trainer any more."""
-    host = address.get("host")
-    if host is not None:
-        try:
-            return HostLink(host["socket"], host["token"], job_id)
-        except PermissionError as error:
-            logger.warning("no batches are prepared for job %s: %s", job_id, error)
-        except OSError:
-            return None  # it has ended, or is on another host
-    return None
 
 
 class HostLink(Link):

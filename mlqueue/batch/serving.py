@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from mlqueue import codec
-from mlqueue.batch import links, storage
+from mlqueue.batch import links, storage, ways
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.applied import Applied, BatchFunction, function_of
 from mlqueue.batch.errors import SourceFailed
@@ -146,7 +146,7 @@ def serve(
 ) -> int:
     """Prepare batches for the trainer at `address`; how many. `terms`: see `ActorPool`, in seconds."""
     job = current_job()
-    link = links.connect(address, job.id)
+    link = ways.connect(address, job.id, broker.settings, broker.store.connector)
     if link is None:
         return 0
     patience = Patience(broker, job, terms)

@@ -62,6 +62,9 @@ INITIAL_BYTES = 65536
 #: When a slot grows by more than this many bytes, it is asked first whether there is room.
 CHECKED_BYTES = 1 << 24
 
+#: Descriptions of more bytes are not kept for batches that have the same.
+LONGEST_KEPT = 1 << 20
+
 #: Makes an array of a shape and dtype, with any content, as ``numpy.empty`` does.
 Empty = Callable[[Any, Any], np.ndarray]
 #: Pickles an object with protocol 5, giving its buffers to the second argument.
@@ -354,8 +357,12 @@ def _dtype_text(dtype: np.dtype[Any]) -> str | None:
 
 def _dtype_of(text: str) -> np.dtype[Any]:
     if text[0] in "[('\"":
-        return np.lib.format.descr_to_dtype(ast.literal_eval(text))  # type: ignore[no-any-return,unused-ignore]
-    return np.dtype(text)
+        dtype: np.dtype[Any] = np.lib.format.descr_to_dtype(ast.literal_eval(text))
+    else:
+        dtype = np.dtype(text)
+    if dtype.hasobject:
+        raise TransportError(f"a batch has an array of {text!r}: Python objects do not travel in arrays.")
+    return dtype
 
 
 #: Makes a batch of the whole slot (uint8), and of the buffers of pickles that `load` takes.
@@ -364,7 +371,8 @@ Plan = Callable[[np.ndarray, "Load | None"], Any]
 
 def read_description(whole: np.ndarray, place: int, length: int) -> Plan:
     """How to make the batch that :meth:`SlotWriter.write` described at `place` of the slot `whole` (uint8)."""
-    return _plan(whole[place : place + length].tobytes())
+    description = whole[place : place + length].tobytes()
+    return _plan(description) if length <= LONGEST_KEPT else _compile(json.loads(description))
 
 
 @lru_cache(maxsize=512)  # most batches have the description of one before
@@ -376,11 +384,10 @@ def _compile(node: list[Any]) -> Plan:
     kind, *rest = node
     match kind:
         case "a":
-            dtype, shape, place = _dtype_of(rest[0]), tuple(rest[1]), rest[2]
-            return lambda slot, load: np.ndarray(shape, dtype, slot, place)
+            return _array_plan(_dtype_of(rest[0]), tuple(rest[1]), rest[2])
         case "s":
-            scalar, where = _dtype_of(rest[0]), rest[1]
-            return lambda slot, load: np.ndarray((), scalar, slot, where)[()]
+            scalar = _array_plan(_dtype_of(rest[0]), (), rest[1])
+            return lambda slot, load: scalar(slot, load)[()]
         case "t":
             parts = [_compile(part) for part in rest[0]]
             return lambda slot, load: tuple([part(slot, load) for part in parts])
@@ -395,6 +402,20 @@ def _compile(node: list[Any]) -> Plan:
             return lambda slot, load: value
         case _:
             return lambda slot, load: _unpickle(slot, load, rest[0])
+
+
+def _array_plan(dtype: np.dtype[Any], shape: tuple[int, ...], place: int) -> Plan:
+    # NumPy itself looks neither for negative numbers nor for products that overflow: it would read any memory.
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, place)):
+        raise TransportError(f"a batch has an array of shape {shape} at {place}.")
+    end = place + math.prod(shape) * dtype.itemsize
+
+    def plan(slot: np.ndarray, load: Load | None) -> Any:
+        if end > slot.nbytes:
+            raise TransportError(f"a batch has an array that ends at byte {end:,} of {slot.nbytes:,}.")
+        return np.ndarray(shape, dtype, slot, place)
+
+    return plan
 
 
 def _unpickle(slot: np.ndarray, load: Load | None, places: list[list[int]]) -> Any:

@@ -86,6 +86,11 @@ def any_source(kind):
     return SOURCES[kind]()
 
 
+@mlq.data_source("wide")
+def wide(rows, columns):
+    return ArrayDataSource([np.random.default_rng(rows).random((rows, columns))])
+
+
 @mlq.data_source("drawn")
 def drawn():
     return arrays().map(draw_globally)
