@@ -37,6 +37,7 @@ from mlqueue.batch.crew import BatchCall, Call
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.errors import SourceFailed, SourceMismatch
 from mlqueue.batch.transport import Segment, TransportError
+from mlqueue.batch.ways import Doors
 from mlqueue.batch.work_pool import WorkerDied, WorkerError
 from mlqueue.errors import SigningKeyMissing
 from mlqueue.named import NamedSource
@@ -408,7 +409,8 @@ def new_desk():
     made = []
 
     def open_desk(lease=0.1, **terms):
-        made.append(Desk(Terms(workers=2, lease=lease, **terms), ()))
+        listener = links.HostListener()
+        made.append(Desk(Terms(workers=2, lease=lease, **terms), (), Doors([listener], listener.token)))
         return made[-1]
 
     yield open_desk
@@ -421,7 +423,8 @@ class Hand:
 
     def __init__(self, desk):
         with mock.patch.object(links, "PROCESS", uuid.uuid4().bytes):  # each as if in a process of its own
-            self.link = links.connect(desk.listener.address, "job")
+            host = desk.listener.address["host"]
+            self.link = links.HostLink(host["socket"], host["token"], "job")
 
     def order(self, timeout=5):
         """The next lease."""
@@ -597,9 +600,15 @@ class TestRaces:
             return made[-1]
 
         source = NamedSource("it", factory)
-        described = {"name": "it", "kwargs": as_bytes(codec.encode({})), "version": source.version(codec.encode({}))}
+        kwargs = codec.encode({})
+        described = {
+            "name": "it",
+            "kwargs": as_bytes(kwargs),
+            "version": source.version(kwargs),
+            "files": as_bytes(codec.encode(["here", []])),
+        }
         sent = Source(1, None, described, serving.NAMED)
-        worker = serving.Serving(mock.Mock(), {"it": source}, (), mock.Mock())
+        worker = serving.Serving(mock.Mock(), {"it": source}, {}, (), mock.Mock())
         worker._obey(links.Order(links.SOURCE, 1, 0, sent.place, sent.length, sent.how, os.dup(sent.segment.fd)))
         assert worker.constant(1) is worker.constant(1)
         [only] = made
