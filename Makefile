@@ -34,8 +34,9 @@ lint: $(READY)
 types: $(READY)
 	"$(BIN)/mypy"
 
+# Every tutorial and how-to, followed as a reader does, in an empty folder.
 docs-test: $(READY)
-	"$(BIN)/python" -m pytest -q tests/test_docs.py
+	"$(BIN)/python" -m pytest -q -n $(TEST_PROCESSES) --dist worksteal -m docs tests/test_docs.py
 
 # Every page of the dashboard, light and dark. Needs a Chromium.
 screenshots: $(READY)

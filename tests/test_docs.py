@@ -293,10 +293,10 @@ class Reader:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def leave(self) -> None:
-        for process in self.background:
+        # Servers are begun before those who need them, and end after them.
+        for process in reversed(self.background):
             if process.poll() is None:
                 process.terminate()
-        for process in self.background:
             try:
                 process.wait(15)
             except subprocess.TimeoutExpired:
@@ -334,6 +334,7 @@ assert (result.short, result.full) == ("loss 0.125", b"any bytes"), result
 '""")
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", TUTORIALS, ids=is_named)
 def test_a_tutorial_runs_as_it_stands(reader: Reader, page: Path) -> None:
     reader.read(page)
