@@ -31,6 +31,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Where tests run in several processes each has a server of its own: some kill its connections, or fill its memory.
+if os.environ.get("TEST_URLS"):
+    urls = os.environ["TEST_URLS"].split()
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.environ["MLQUEUE_URL"] = urls[number % len(urls)]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What was logged may hold a text that is no Unicode, but only that goes between the processes."""
