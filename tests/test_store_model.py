@@ -824,7 +824,7 @@ def test_the_store_behaves_as_its_model(mlq: MLQ) -> None:
 
 @pytest.mark.faults
 def test_the_store_behaves_as_its_model_over_many_examples(mlq: MLQ) -> None:
-    run_machine(mlq, examples=200, steps=40)
+    run_machine(mlq, examples=120, steps=40)
 
 
 @pytest.mark.faults_long

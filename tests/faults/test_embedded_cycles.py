@@ -167,7 +167,7 @@ def kill_server(place: Place) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("durability", ["everysec", "always"])
+@pytest.mark.parametrize("durability", [pytest.param("everysec", marks=pytest.mark.faults_long), "always"])
 @pytest.mark.parametrize("fault", [kill_supervisor, kill_everything, kill_server])
 def test_no_acknowledged_job_is_lost_and_no_process_is_left(place: Place, fault: object, durability: str) -> None:
     assert callable(fault)

@@ -140,6 +140,7 @@ def test_a_key_has_one_job_though_workers_and_those_who_submit_are_killed(
     wait_for(lambda: out.exists() and out.stat().st_size > 0)
     for kill in range(20 if LONG else 4):
         threading.Event().wait(random.uniform(0.05, 0.3))
+        wait_for(lambda: any(record.state is State.RUNNING for record in all_jobs(here)))
         kill_children(worker, 1 + kill % 2)
         programs[kill % 3].kill()
         programs[kill % 3] = here.program(SUBMIT, policy, str(out))
@@ -173,5 +174,6 @@ def test_a_key_has_one_job_though_workers_and_those_who_submit_are_killed(
     report.finish()
     assert len(by_key) == 5
     assert report.ok > 20
-    assert report.recovered > 0, "no worker was killed with a job in hand"
+    if policy != "replace":  # there the next one takes the place of a job that was in hand
+        assert report.recovered > 0, "no worker was killed with a job in hand"
     assert any(record.state is State.CANCELLED for record in records) == (policy == "replace")

@@ -128,7 +128,9 @@ def assert_quiet_end(here: FleetOfTwo, worker: Worker) -> None:
     worker.stop()
 
 
-@pytest.mark.parametrize("way", sorted(SETTINGS))
+@pytest.mark.parametrize(
+    "way", [way if way == "TCP" else pytest.param(way, marks=pytest.mark.faults_long) for way in sorted(SETTINGS)]
+)
 def test_a_link_that_is_cut_for_20_seconds_while_workers_are_killed(hosts: TwoHosts, site: Open, way: str) -> None:
     batches = 4000 if LONG else 1000
     here = site(**SETTINGS[way])
@@ -176,6 +178,7 @@ def test_workers_of_both_hosts_go_on_alone_while_the_link_is_cut(hosts: TwoHosts
     far.stop()
 
 
+@pytest.mark.faults_long  # it waits until the store forgets the parts of batches by itself
 def test_a_trainer_that_is_killed_leaves_nothing_on_the_other_host(hosts: TwoHosts, site: Open) -> None:
     for way in sorted(SETTINGS):
         here = site(**SETTINGS[way])

@@ -222,8 +222,8 @@ def test_schemathesis_finds_no_answer_that_is_not_documented(
 
 
 @pytest.mark.faults
-def test_schemathesis_finds_no_answer_that_is_not_documented_in_2000_cases(
+def test_schemathesis_finds_no_answer_that_is_not_documented_in_1000_cases(
     mlq: MLQ, tmp_path: Path, start_worker: StartWorker
 ) -> None:
     """F31."""
-    assert run_schemathesis(mlq, tmp_path, start_worker, "--max-examples", "60") >= 2000
+    assert run_schemathesis(mlq, tmp_path, start_worker, "--max-examples", "30") >= 1000
