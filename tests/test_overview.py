@@ -216,7 +216,7 @@ def test_a_pause_is_kept_as_it_was_made(mlq: MLQ) -> None:
 
 def test_workers_are_measured_and_one_that_drains_is_replaced_when_its_job_has_ended(site: Site) -> None:
     supervised = site.supervise(processes=1, threads=2)
-    [worker] = eventually(lambda: [w for w in site.mlq.store.workers() if w.vitals])
+    [worker] = eventually(lambda: [w for w in site.mlq.store.workers() if w.vitals and w.info])
     assert worker.vitals["rss"] > 2**20
     assert (1, 0) == (worker.vitals["seat"], worker.vitals["restarts"])
     assert supervised.process.pid == worker.vitals["supervisor"]
@@ -237,7 +237,9 @@ def test_workers_are_measured_and_one_that_drains_is_replaced_when_its_job_has_e
 
 def test_a_worker_that_is_stopped_leaves_its_place_empty_and_the_last_one_ends_the_supervisor(site: Site) -> None:
     supervised = site.supervise(processes=2, threads=1)
-    first, second = eventually(lambda: len(site.mlq.store.workers()) == 2 and site.mlq.store.workers())
+    # Its supervisor beats for a worker before that says who it is.
+    eventually(lambda: sum(bool(one.info) for one in site.mlq.store.workers()) == 2)
+    first, second = site.mlq.store.workers()
     job = site.submit("first_waits", 60)
     [start] = site.wait_started(job)
     holder, idle = (first, second) if start["pid"] == first.info["pid"] else (second, first)
