@@ -79,7 +79,7 @@ def opened(chromium: Any, **options: Any) -> Tab:
     return Tab(page, errors)
 
 
-@pytest.fixture(params=WIDTHS if os.environ.get("CI") else ["one"])
+@pytest.fixture(params=["one", *(pytest.param(width, marks=pytest.mark.faults) for width in WIDTHS)])
 def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A page, which must be without errors at the end."""
     width = request.param
