@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from typing import Any
 
 import mlqueue
+from benchmarks.systems.variant import parts
 
 name = "mlqueue, showing"
 mlq = mlqueue.MLQ("bench-showing", url=os.environ["BENCH_URL"])
@@ -22,15 +21,4 @@ def noop(x: int) -> int:
     return x
 
 
-def submit_many(n: int) -> None:
-    noop.submit_many([(i,) for i in range(n)])
-
-
-def remaining(client: Any) -> int:
-    waiting = client.zcard(f"{mlq.store.root}:s:q:default:noop")
-    return int(waiting or sum(len(worker.jobs) for worker in mlq.store.workers()))
-
-
-def command(processes: int, threads: int) -> list[str]:
-    command = [sys.executable, "-m", "mlqueue", "worker", "benchmarks.systems.ours_showing"]
-    return [*command, "--processes", str(processes), "--threads", str(threads)]
+submit_many, remaining, command = parts(mlq, noop, __name__)
