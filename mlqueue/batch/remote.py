@@ -27,7 +27,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from mlqueue.batch import links
 from mlqueue.batch import pool_worker as worker
@@ -35,7 +35,7 @@ from mlqueue.batch.compression import NAMES, Compression, codecs, unpack
 from mlqueue.batch.links import Link, Order, Peer, Report
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotWriter, TransportError, read_description
 
-__all__ = ["FRAME", "ORDER", "Frame", "Hostile", "OrderRecord", "RemoteLink", "RemotePeer", "readable"]
+__all__ = ["FRAME", "ORDER", "Frame", "Hostile", "OrderRecord", "RemoteDoor", "RemoteLink", "RemotePeer", "readable"]
 
 logger = logging.getLogger("mlqueue.batches")
 
@@ -124,6 +124,44 @@ def bare(error: E) -> E:
 
 
 # --- the trainer's side ---
+
+
+P = TypeVar("P", bound="RemotePeer")
+
+
+class RemoteDoor(Generic[P]):
+    """Where workers of other hosts come to a trainer: threads meet them, and the desk, which waits for the bell
+    `socket`, lets them in."""
+
+    def __init__(self) -> None:
+        self.socket, self._rope = socket.socketpair()
+        self.socket.setblocking(False)
+        self._ready: deque[P] = deque()
+
+    def accept(self, serial: int) -> P | None:
+        """The next one who has come, and has proved who it is; None when there is none."""
+        with contextlib.suppress(BlockingIOError):
+            self.socket.recv(4096)
+        if not self._ready:
+            return None
+        peer = self._ready.popleft()
+        peer.serial = serial
+        self._ring()  # there may be more
+        return peer
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):
+            self._rope.send(b"\0")
+
+    def _let_go_bell(self) -> None:
+        self._rope.close()
+        self.socket.close()
+
+    def _turn_away(self) -> None:
+        """Close it for those who were not let in."""
+        while self._ready:
+            self._ready.popleft().close()
+        self._let_go_bell()
 
 
 class RemotePeer(Peer):

@@ -40,6 +40,7 @@ from mlqueue.batch.remote import (
     Frame,
     Hostile,
     OrderRecord,
+    RemoteDoor,
     RemoteLink,
     RemotePeer,
     bare,
@@ -115,8 +116,8 @@ def worker_tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-class TcpDoor:
-    """Where workers of other hosts come to a trainer. `socket` is the bell that the desk waits for.
+class TcpDoor(RemoteDoor["TcpPeer"]):
+    """Where workers of other hosts come to a trainer, by TCP.
 
     Parameters:
       settings: Those of the trainer; they have a signing key.
@@ -142,13 +143,10 @@ class TcpDoor:
         self._listening.settimeout(1.0)  # where closing it does not wake the thread
         address = self._listening.getsockname()
         self._told = [(name, number or address[1]) for name, number in told] or [address[:2]]
-        bell, self._rope = socket.socketpair()
-        self.socket = bell
-        bell.setblocking(False)
+        super().__init__()  # not before it listens, which may fail
         self._lock = threading.Lock()
         self._unknown: set[socket.socket] = set()
         self._halves: dict[bytes, tuple[Hello, Channel]] = {}
-        self._ready: deque[TcpPeer] = deque()
         self._closed = False
         self._thread = threading.Thread(target=self._listen, name="mlqueue-batch-door", daemon=True)
         self._thread.start()
@@ -166,17 +164,6 @@ class TcpDoor:
                 "limit": self._limit,
             }
         }
-
-    def accept(self, serial: int) -> TcpPeer | None:
-        """The next one who has come, and has proved who it is; None when there is none."""
-        with contextlib.suppress(BlockingIOError):
-            self.socket.recv(4096)
-        if not self._ready:
-            return None
-        peer = self._ready.popleft()
-        peer.serial = serial
-        self._ring()  # there may be more
-        return peer
 
     def _listen(self) -> None:
         while True:
@@ -254,13 +241,10 @@ class TcpDoor:
             self._ready.append(TcpPeer(hello, control, data, self._limit))
         self._ring()
 
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._rope.send(b"\0")
-
     def let_go(self) -> None:
         """Close what a fork has got of it."""
-        for each in (self._listening, self.socket, self._rope, *self._unknown):
+        self._let_go_bell()
+        for each in (self._listening, *self._unknown):
             each.close()
         for _, channel in list(self._halves.values()):
             channel.socket.close()
@@ -282,10 +266,7 @@ class TcpDoor:
     def join(self) -> None:
         """Wait until it is closed."""
         self._thread.join()
-        while self._ready:
-            self._ready.popleft().close()
-        self._rope.close()
-        self.socket.close()
+        self._turn_away()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -46,6 +46,7 @@ from mlqueue.batch.remote import (
     Frame,
     Hostile,
     OrderRecord,
+    RemoteDoor,
     RemoteLink,
     RemotePeer,
     readable,
@@ -248,7 +249,7 @@ def pop(connection: Any, key: str) -> list[bytes]:
 # --- the trainer's side ---
 
 
-class StoreDoor:
+class StoreDoor(RemoteDoor["StorePeer"]):
     """Where workers come through the store. `socket` is the bell that the desk waits for.
 
     A thread reads what they tell, one sends them orders, one fetches their batches; when the store cannot be reached,
@@ -256,12 +257,10 @@ class StoreDoor:
     """
 
     def __init__(self, connector: Connector, prefix: str, budget: int, limit: int) -> None:
+        super().__init__()
         self.token = secrets.token_bytes(32)
         self._connector, self._prefix, self._limit = connector, prefix, limit
         self.budget = budget
-        bell, self._rope = socket.socketpair()
-        self.socket = bell
-        bell.setblocking(False)
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._peers: dict[bytes, StorePeer] = {}
@@ -269,7 +268,6 @@ class StoreDoor:
         self._came: dict[bytes, float] = {}
         #: The sources that they were sent.
         self._sources: dict[bytes, list[int]] = {}
-        self._ready: deque[StorePeer] = deque()
         self._orders: deque[tuple[StorePeer, OrderRecord, Any]] = deque()
         self._fetches: deque[tuple[StorePeer, Frame]] = deque()
         #: Bytes that workers have leave to store: by worker and lease.
@@ -295,21 +293,6 @@ class StoreDoor:
     def address(self) -> dict[str, Any]:
         """Its entry of the address that jobs carry."""
         return {"store": {"prefix": self._prefix, "token": self.token, "codecs": readable(), "limit": self._limit}}
-
-    def accept(self, serial: int) -> StorePeer | None:
-        """The next one who has come; None when there is none."""
-        with contextlib.suppress(BlockingIOError):
-            self.socket.recv(4096)
-        if not self._ready:
-            return None
-        peer = self._ready.popleft()
-        peer.serial = serial
-        self._ring()
-        return peer
-
-    def _ring(self) -> None:
-        with contextlib.suppress(OSError):
-            self._rope.send(b"\0")
 
     # What workers tell
 
@@ -587,8 +570,7 @@ class StoreDoor:
 
     def let_go(self) -> None:
         """Close what a fork has got of it."""
-        self.socket.close()
-        self._rope.close()
+        self._let_go_bell()
         for connection in list(self._connections.values()):
             if connection._sock is not None:
                 connection._sock.close()
@@ -605,10 +587,7 @@ class StoreDoor:
         """Wait until it is closed, and nothing of it is left in the store."""
         for thread in self._threads:
             thread.join(10)
-        while self._ready:
-            self._ready.popleft().close()
-        self._rope.close()
-        self.socket.close()
+        self._turn_away()
 
     def _sweep(self) -> None:
         """Nothing stays in the store; what a worker is still writing expires."""
