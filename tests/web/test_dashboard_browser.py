@@ -55,9 +55,19 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each act is done at one of the widths, and with the fault tests at all."""
+    if "site" in metafunc.fixturenames:
+        all_widths = [pytest.param(width, marks=pytest.mark.faults) for width in WIDTHS]
+        metafunc.parametrize("site", ["one", *(all_widths if "page" in metafunc.fixturenames else [])], scope="module")
+
+
 @pytest.fixture(scope="module")
-def look(chromium: Any) -> Iterator[Look]:
-    """A dashboard with workers. Made behind the browser, so that the tests begin at once."""
+def look(chromium: Any, site: str | int) -> Iterator[Look]:
+    """A dashboard with workers: another one for each width, since what is done there cannot be done twice.
+
+    Made behind the browser, so that the tests begin at once.
+    """
     with temporary_server() as settings, looking(settings, threads=16) as look:
         yield look
 
@@ -79,12 +89,10 @@ def opened(chromium: Any, **options: Any) -> Tab:
     return Tab(page, errors)
 
 
-@pytest.fixture(params=["one", *(pytest.param(width, marks=pytest.mark.faults) for width in WIDTHS)])
-def page(chromium: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+@pytest.fixture
+def page(chromium: Any, site: str | int, request: pytest.FixtureRequest) -> Iterator[Any]:
     """A page, which must be without errors at the end."""
-    width = request.param
-    if width == "one":
-        width = WIDTHS[zlib.crc32(request.node.originalname.encode()) % len(WIDTHS)]
+    width = WIDTHS[zlib.crc32(request.node.originalname.encode()) % len(WIDTHS)] if site == "one" else site
     tab = opened(chromium, viewport={"width": width, "height": 900})
     yield tab.page
     tab.page.context.close()
