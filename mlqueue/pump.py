@@ -48,7 +48,7 @@ TINY: Final = 0.005
 
 #: How much work is fetched ahead, in seconds of the threads' time, and how many jobs at most.
 AHEAD: Final = 0.01
-MOST_AHEAD: Final = 64
+MOST_AHEAD: Final = 128
 
 #: How many jobs are seen to be tiny before any is fetched ahead.
 SEEN_BEFORE_AHEAD: Final = 16
@@ -507,7 +507,7 @@ class Pump:
     def _has_room(self) -> bool:
         """Whether it is worth a turn to fetch more: a thread is free, or half of what was fetched ahead is used up."""
         free = self._free()
-        return free > 0 and 2 * self._backlog() <= free
+        return free > 0 and self._backlog() <= free
 
     def _give_back_parked(self) -> None:
         """No thread has ended its job for a while: what was fetched ahead goes to workers that have time for it."""
