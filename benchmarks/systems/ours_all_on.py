@@ -9,7 +9,7 @@ import mlqueue
 from benchmarks.systems.variant import parts
 
 name = "mlqueue, all on"
-mlq = mlqueue.MLQ("bench-all-on", settings=mlqueue.Settings.load(url=os.environ["BENCH_URL"], limits="gpu=64"))
+mlq = mlqueue.MLQ("bench-all-on", settings=mlqueue.Settings.load(url=os.environ["BENCH_URL"], limits="gpu=1000"))
 
 
 @mlq.actor(resources={"gpu": 1})

@@ -265,7 +265,7 @@ def decode_record(
         max_stalls=number(b"Z") or None,
         waits_for=fields[b"A"].decode() if b"A" in fields else None,
         cancel_stage=fields[b"h"].decode() if b"h" in fields else None,
-        slots=decode_slots(fields[b"H"]) if b"H" in fields else {},
+        slots=decode_slots(fields[b"H"]) if b"H" in fields and state is State.RUNNING else {},
         concurrency_key=_group(fields)[0],
         fair_by=_group(fields)[1],
         unique_key=unquote(fields[b"D"]) if b"D" in fields else None,

@@ -115,7 +115,8 @@ attempt was prolonged, and the nonce of the last time,
 m attempt that logged metrics last, o how many lines were dropped from its log and how many bytes the others have, the
 attempt that wrote last and how many lines that has written (MessagePack), e what its last attempt used (MessagePack: CPU
 time in ms, most memory, most memory of GPUs, whether it ran alone, attempt),
-H slots that it holds (MessagePack), E its group (concurrency key, "/", what it takes turns by), D its unique key,
+H slots that it holds, or held when it ended (MessagePack), E its group (concurrency key, "/", what it takes turns by),
+D its unique key,
 M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.
 
 States: q queued (also in shelf i: queued, to be run alone), w scheduled, r running, s succeeded, d dead, c cancelled.

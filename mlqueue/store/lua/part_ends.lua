@@ -90,7 +90,7 @@ local function finish(id, rec, state, fields, ttl)
       call('HDEL', jkey(id), 'A')
     end
     if limits() then
-      limited.free(id, rec)
+      limited.free(id, rec, true)
     end
   end
   if state == 'd' then

@@ -17,8 +17,24 @@ make_limits = function()
   -- What was read in this call: the capacities, and who is called for a limit (false: nobody). How often slots
   -- were given or claimed.
   local capacities, called, grabs = {}, {}, 0
-  -- The slots that are held of limits which jobs were given slots of in this call.
-  local held_of = {}
+  -- The slots that are held of limits which jobs were given slots of in this call, the first that may be free, and how
+  -- many slots are held of any limit.
+  local held_of, lowest, in_use = {}, {}, {}
+  -- What is written for many jobs at once: slots that were given, and such that are to be freed, by limit and flat with
+  -- their holders. Nil where each is written when it is.
+  local given_of, freed_of = nil, nil
+
+  -- The slots of a limit were changed not by `grab`: what is known of them holds no more.
+  local function forget(name)
+    held_of[name], in_use[name] = nil, nil
+  end
+
+  local function used(name)
+    if not in_use[name] then
+      in_use[name] = call('HLEN', R .. ':lim:s:' .. name)
+    end
+    return in_use[name]
+  end
 
   local function grouped(lane)
     return string.sub(lane, -1) == '@'
@@ -68,7 +84,7 @@ make_limits = function()
       if claimed[name] and claimed[name] < score then
         return name, need[2]
       end
-      local room = made.capacity(name) - call('HLEN', R .. ':lim:s:' .. name)
+      local room = made.capacity(name) - used(name)
       if room < need[2] then
         return name, need[2]
       end
@@ -109,11 +125,11 @@ make_limits = function()
           for _, slot in ipairs(call('HKEYS', key)) do
             slots_held[slot] = true
           end
-          held_of[name] = slots_held
+          held_of[name], lowest[name] = slots_held, 0
         end
         taken = held_of[name]
         first = not next(taken)
-        local slot = 0
+        local slot = lowest[name]
         while #given < need[2] do
           local number = tostring(slot)
           if not taken[number] then
@@ -122,9 +138,21 @@ make_limits = function()
           end
           slot = slot + 1
         end
+        lowest[name] = slot
+      end
+      local own, into = id .. ' ' .. attempt, {}
+      if given_of and not lenders then
+        into = given_of[name] or into
+        given_of[name] = into
       end
       for _, slot in ipairs(given) do
-        call('HSET', key, slot, id .. ' ' .. attempt)
+        into[#into + 1], into[#into + 2] = slot, own
+      end
+      if not given_of or lenders then
+        call('HSET', key, unpack(into))
+      end
+      if not lenders then
+        in_use[name] = in_use[name] and in_use[name] + #given
       end
       if first then
         call('SADD', R .. ':lim:used', name)
@@ -136,6 +164,57 @@ make_limits = function()
       slots[i] = { name, given, lenders }
     end
     return slots[1] and cmsgpack.pack(slots)
+  end
+
+  -- From now on to `write_given` slots that jobs are given are gathered. Nothing else looks at them meanwhile.
+  function made.gather_given()
+    given_of = {}
+  end
+
+  function made.write_given()
+    for name, slots in pairs(given_of) do
+      -- A part at a time: what a call can be given is bounded.
+      for i = 1, #slots, 1000 do
+        call('HSET', R .. ':lim:s:' .. name, unpack(slots, i, math.min(i + 999, #slots)))
+      end
+    end
+    given_of = nil
+  end
+
+  -- From now on to `write_freed` slots that jobs give back are gathered. Nobody is given any meanwhile.
+  function made.gather_freed()
+    freed_of = {}
+  end
+
+  -- A limit has slots again that were held.
+  local function freed(name)
+    forget(name)
+    made.open(name)
+    if call('EXISTS', R .. ':lim:s:' .. name) == 0 then
+      call('SREM', R .. ':lim:used', name)
+    end
+  end
+
+  function made.write_freed()
+    for name, slots in pairs(freed_of) do
+      local key = R .. ':lim:s:' .. name
+      for i = 1, #slots, 500 do
+        local asked, owned = {}, {}
+        for j = i, math.min(i + 499, #slots) do
+          asked[#asked + 1] = slots[j][1]
+        end
+        for j, holder in ipairs(call('HMGET', key, unpack(asked))) do
+          if holder == slots[i + j - 1][2] then
+            owned[#owned + 1] = asked[j]
+          end
+        end
+        if owned[1] then
+          call('HDEL', key, unpack(owned))
+        end
+      end
+      freed(name)
+    end
+    freed_of = nil
   end
 
   -- Those who wait for a limit may look again.
@@ -183,40 +262,49 @@ make_limits = function()
     return f and f[1] == 'r' and f[2] == attempt, f and f[3]
   end
 
-  -- Takes back the slots of a job that has left its worker. Slots that were lent go back to who lent them.
-  function made.free(id, rec)
-    local packed = call('HGET', jkey(id), 'H')
-    if not packed then
+  -- Takes back the slots of a job that has left its worker. Slots that were lent go back to who lent them. ended: it is
+  -- not run again, and its record may say which they were.
+  function made.free(id, rec, ended)
+    if not rec.slots then
       return
     end
     local own = id .. ' ' .. rec.attempt
-    for _, item in ipairs(cmsgpack.unpack(packed)) do
+    for _, item in ipairs(cmsgpack.unpack(rec.slots)) do
       local name, lenders = item[1], item[3]
       local key = R .. ':lim:s:' .. name
       local back, awaited = nil, nil
+      if freed_of and not lenders then
+        local into = freed_of[name] or {}
+        freed_of[name] = into
+        for _, slot in ipairs(item[2]) do
+          into[#into + 1] = { slot, own }
+        end
+      end
       for _, one in ipairs(lenders or {}) do
         local well, other = runs(one)
         if well and not back then
           back, awaited = one, other
         end
       end
-      for _, slot in ipairs(item[2]) do
-        if call('HGET', key, slot) == own then
-          if back then call('HSET', key, slot, back) else call('HDEL', key, slot) end
+      if lenders or not freed_of then
+        for _, slot in ipairs(item[2]) do
+          if call('HGET', key, slot) == own then
+            if back then call('HSET', key, slot, back) else call('HDEL', key, slot) end
+          end
+        end
+        if awaited then
+          tell(awaited, { watched = true }, false) -- another one that it waits for may use them now
+        end
+        if back then
+          forget(name)
+        else
+          freed(name)
         end
       end
-      held_of[name] = nil
-      if awaited then
-        tell(awaited, { watched = true }, false) -- another one that it waits for may use them now
-      end
-      if not back then
-        made.open(name)
-      end
-      if call('EXISTS', key) == 0 then
-        call('SREM', R .. ':lim:used', name)
-      end
     end
-    call('HDEL', jkey(id), 'H')
+    if not ended then
+      call('HDEL', jkey(id), 'H')
+    end
   end
 
   -- Frees what nobody can hold any more: a broken record, or a job that somebody else has removed.
@@ -227,13 +315,12 @@ make_limits = function()
       for i = 1, #held, 2 do
         if not runs(held[i + 1]) then
           call('HDEL', key, held[i])
-          held_of[name], mended = nil, true
+          mended = true
         end
       end
       if mended then
-        made.open(name)
-      end
-      if call('EXISTS', key) == 0 then
+        freed(name)
+      elseif not held[1] then
         call('SREM', R .. ':lim:used', name)
       end
     end
@@ -418,7 +505,7 @@ make_limits = function()
     local lent, later = {}, false
     for _, need in ipairs(needs) do
       local name = need[1]
-      if lent and call('HLEN', R .. ':lim:s:' .. name) + need[2] > made.capacity(name) then
+      if lent and used(name) + need[2] > made.capacity(name) then
         local found = nil
         for _, id in ipairs(chain) do
           local f = call('HMGET', jkey(id), 's', 'k', 'A', 'H')

@@ -133,6 +133,9 @@ end
 -- Settles each job on its own; answers, flat, position and text of those that did not go well.
 local function settle(first, last)
   local refused = {}
+  if limits() then
+    limited.gather_freed()
+  end
   for i = first, last do
     local well, answer = pcall(function() return settle_one(cmsgpack.unpack(ARGV[i])) end)
     if not well or answer ~= 'ok' then
@@ -142,6 +145,9 @@ local function settle(first, last)
       refused[#refused + 1] = i - first
       refused[#refused + 1] = well and 'stale' or 'error ' .. tostring(answer)
     end
+  end
+  if limited then
+    limited.write_freed()
   end
   write_ends()
   return refused

@@ -67,8 +67,8 @@ local function start(id, worker, expire, needs, lent)
   end
   local slots = needs and limited.grab(id, attempt, needs, lent)
   if attempt > 1 then
-    -- What an earlier attempt reported and used, and who started it; by how much it was prolonged.
-    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j', 'e')
+    -- What an earlier attempt reported, used and held, and who started it; by how much it was prolonged.
+    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j', 'e', 'H')
   end
   if slots then
     call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 'H', slots, 's', 'r')

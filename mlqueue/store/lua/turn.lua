@@ -54,8 +54,8 @@ local function heads(shelf)
   return limited and limited.startable(found) or found
 end
 
--- Takes the next job from a lane whose jobs need slots; false when none may start any more.
-local function take_limited(lane)
+-- Takes the next job from a lane whose jobs take turns; false when none may start any more.
+local function take_turn(lane)
   local id, needs, group = limited.first(lane)
   if not id then
     return false
@@ -68,6 +68,39 @@ local function take_limited(lane)
   call('ZREM', lane.key, id)
   if group then
     limited.took(id, lane, group, #ids > before)
+  end
+  local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
+  lane.score, lane.head = tonumber(head[2]) or lane.score, head[1]
+  return head[1] and limited.has_first(lane)
+end
+
+-- Takes at most `n` jobs from a lane whose jobs need slots, as long as they come before `bound`; false when none may
+-- start any more.
+local function take_limited(lane, n, bound)
+  local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'WITHSCORES', 'LIMIT', 0, n)
+  local before, left = #ids, {}
+  local goes_on = true
+  limited.gather_given()
+  for i = 1, #run, 2 do
+    lane.head, lane.score = run[i], tonumber(run[i + 1])
+    lane.found = lane.found and lane.found.id == run[i] and lane.found or nil
+    local id, needs = limited.first(lane)
+    if not id then
+      goes_on = false
+      break
+    end
+    pcall(start, id, worker, expire, needs)
+    left[#left + 1] = id
+  end
+  limited.write_given()
+  if #ids > before then
+    call('SADD', held, unpack(ids, before + 1))
+  end
+  if left[1] then
+    call('ZREM', lane.key, unpack(left))
+  end
+  if not goes_on then
+    return false
   end
   local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
   lane.score, lane.head = tonumber(head[2]) or lane.score, head[1]
@@ -87,8 +120,10 @@ local function take(shelf, n)
     end
     local lane = found[best]
     local goes_on = true
-    if lane.limited then
-      goes_on = take_limited(lane)
+    if lane.limited and string.sub(lane.lane, -1) == '@' then
+      goes_on = take_turn(lane)
+    elseif lane.limited then
+      goes_on = take_limited(lane, n - #ids, bound)
     else
       -- As many as come before the head of any other lane.
       local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'LIMIT', 0, n - #ids)
