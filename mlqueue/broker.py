@@ -515,6 +515,7 @@ class StoreBroker(Broker):
             )
         if delivery.journal is not None and delivery.journal.end():
             settle.journal = delivery.journal
+        delivery.context = None  # else each would keep the other until the garbage is collected
         wait = actor is not None and bool(actor.options.get("sync_ack"))
         if isinstance(threading.current_thread(), dramatiq.worker.ConsumerThread):
             wait = False

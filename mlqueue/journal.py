@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
@@ -57,7 +58,10 @@ class Journal:
 
     def __init__(self, writer: JournalWriter, delivery: Delivery, log_bytes: int, points: int) -> None:
         self.writer = writer
-        self.delivery = delivery
+        self._held = delivery.held
+        self._process = delivery.process
+        # It has this journal: in a circle of references each job would wait for the garbage collector.
+        self._delivery = weakref.ref(delivery)
         #: Whether its log is kept.
         self.keeps_log = log_bytes > 0
         self._log_bytes = log_bytes
@@ -116,7 +120,7 @@ class Journal:
 
     def log_metrics(self, step: float, values: Mapping[str, float]) -> None:
         """Adds values of metrics. Raises `ValueError` for one metric too many."""
-        if os.getpid() != self.delivery.process:
+        if os.getpid() != self._process:
             return  # a process that the job has forked: nobody would send it, and the lock may be held for ever
         with self._lock:
             if self._series is None:
@@ -138,7 +142,7 @@ class Journal:
 
     def _load(self) -> dict[str, Series]:
         """The metrics that earlier attempts have logged."""
-        held = self.delivery.held
+        held = self._held
         if held.attempt == 1:
             return {}
         try:
@@ -174,8 +178,11 @@ class Journal:
             return self._in_flight or self._has_more()
 
     def _has_more(self) -> bool:
-        unwritten = any(not one.is_written for one in (self._series or {}).values())
-        return bool(self._lines) or unwritten or self._usage != self._usage_sent
+        return (
+            bool(self._lines)
+            or self._usage != self._usage_sent
+            or (self._series is not None and not all(one.is_written for one in self._series.values()))
+        )
 
     def send(self) -> Showing | None:
         """What is to be written next, and is on its way from now on; None when there is nothing. `answered` says what
@@ -195,14 +202,15 @@ class Journal:
                     series.written(well=True)
             usage = self._usage if self._usage != self._usage_sent else b""
             self._sent, self._in_flight = self._first + len(lines), True
-            held = self.delivery.held
-            return Showing(held.id, held.attempt, self._first, lines, metrics, usage)
+            return Showing(self._held.id, self._held.attempt, self._first, lines, metrics, usage)
 
     def answered(self, showing: Showing, answer: int | str | None) -> bool:
         """What `send` gave was answered so by the store; None when it was not answered. Whether there is more."""
         with self._lock:
             self._in_flight = False
             if answer in (1, 2):
+                if self._first + len(self._lines) == self._sent:
+                    self._forget_lines()
                 while self._lines and self._first < self._sent:
                     self._forget_line()
                 self._usage_sent = showing.usage or self._usage_sent
@@ -218,24 +226,27 @@ class Journal:
             more = self._has_more()
             if answer is None or more:
                 self._touched()
-        if answer == 2:
-            self.delivery.cancel()
+        if answer == 2 and (delivery := self._delivery()) is not None:
+            delivery.cancel()
         return more
 
     def _refused(self) -> None:
         if not self._closed:
             logger.warning(
                 "attempt %d of job %s was taken over by a later one; its log and metrics are dropped",
-                self.delivery.held.attempt,
-                self.delivery.held.id,
+                self._held.attempt,
+                self._held.id,
             )
         self._closed = True
         self._drop()
 
-    def _drop(self) -> None:
+    def _forget_lines(self) -> None:
         self._first += len(self._lines)
         self._lines.clear()
         self._size = 0
+
+    def _drop(self) -> None:
+        self._forget_lines()
         self._usage = self._usage_sent
         if self._closed:
             for series in (self._series or {}).values():

@@ -124,6 +124,7 @@ class Meter:
         clocks: Clocks | None = delivery.clocks
         if clocks is None:
             return
+        delivery.clocks = None  # else each would keep the other until the garbage is collected
         self._running.discard(clocks)
         if time.monotonic() - clocks.started >= SHORTEST:
             self._look([clocks])
