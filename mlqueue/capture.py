@@ -104,7 +104,10 @@ class _Handler(logging.Handler):
         journal = _journal()
         if journal is not None:
             try:
-                journal.log(record.levelname, self.format(record))
+                plain = not (record.exc_info or record.exc_text or record.stack_info)
+                # What the formatter would make of it, without its detours: there may be thousands a second.
+                text = f"{record.name}: {record.getMessage()}" if plain else self.format(record)
+                journal.log(record.levelname, text)
             except Exception:  # noqa: BLE001 - as other handlers: a wrong argument of a log call is no error in the job
                 self.handleError(record)
 
@@ -121,7 +124,7 @@ def _call_handlers(logger: logging.Logger, record: logging.LogRecord) -> None:
         return
     _local.logging = True
     try:
-        _handler.handle(record)
+        _handler.emit(record)  # not `handle`, whose lock all threads would share
         _plain_call_handlers(logger, record)
     finally:
         _local.logging = False

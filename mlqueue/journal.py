@@ -34,6 +34,9 @@ LINGER: Final = 1.0
 #: The longest line that is kept, in characters.
 MAX_LINE: Final = 8192
 
+#: Of so many parts a line is put together, in any case.
+MOST_PARTS: Final = 100
+
 #: How many bytes of the log a line has beside its text, about.
 AROUND: Final = 20
 
@@ -73,7 +76,8 @@ class Journal:
         self._size = 0
         self._first = 0
         self._sent = 0
-        self._partial: dict[str, str] = {}
+        #: By stream the parts of the line that has not ended.
+        self._partial: dict[str, list[str]] = {}
         self._series: dict[str, Series] | None = None
         #: The metrics that this attempt has logged.
         self._own: set[str] = set()
@@ -88,17 +92,15 @@ class Journal:
         """Adds what was written to ``o`` (stdout) or ``e`` (stderr). Of a line that goes back to its beginning, as
         progress bars do, the last state is kept."""
         with self._lock:
-            partial = self._partial.pop(kind, "")
-            if text == "\n" and "\r" not in partial:
-                self._add(kind, partial)  # what print() writes at the end
-                return
-            *lines, rest = (partial + text).split("\n")
-            for line in lines:
-                self._add(kind, line.rstrip("\r").rpartition("\r")[2])
-            if "\r" in rest:
-                end = "\r" if rest.endswith("\r") else ""
-                rest = rest.rstrip("\r").rpartition("\r")[2] + end
-            self._partial[kind] = rest if len(rest) <= MAX_LINE else rest[:MAX_LINE]
+            parts = self._partial.setdefault(kind, [])
+            parts.append(text)
+            if "\n" in text:
+                *lines, rest = "".join(parts).split("\n")
+                for line in lines:
+                    self._add(kind, _last_state(line.rstrip("\r")))
+                parts[:] = [_begun(rest)] if rest else []
+            elif len(parts) >= MOST_PARTS or len(text) > MAX_LINE:
+                parts[:] = [_begun("".join(parts))]
 
     def log(self, level: str, text: str) -> None:
         """Adds a message that was logged."""
@@ -170,11 +172,13 @@ class Journal:
     def end(self) -> bool:
         """The attempt has ended, and shows nothing more. Whether there is something to be written before its end is."""
         with self._lock:
-            for kind, rest in self._partial.items():
-                if rest.strip("\r"):
-                    self._add(kind, rest.strip("\r"))
+            for kind, parts in self._partial.items():
+                rest = _begun("".join(parts)).strip("\r") if parts else ""
+                if rest:
+                    self._add(kind, rest)
             self._partial.clear()
             self._closed = True
+            self.writer.forget(self)  # what is left goes with the end
             return self._in_flight or self._has_more()
 
     def _has_more(self) -> bool:
@@ -253,6 +257,18 @@ class Journal:
                 series.written(well=True)
 
 
+def _last_state(line: str) -> str:
+    """What stands there of a line that went back to its beginning."""
+    return line.rpartition("\r")[2] if "\r" in line else line
+
+
+def _begun(line: str) -> str:
+    """The beginning of a line, as far as it is needed when it goes on."""
+    if "\r" in line:
+        line = _last_state(line.rstrip("\r")) + ("\r" if line.endswith("\r") else "")
+    return line[:MAX_LINE]
+
+
 class JournalWriter:
     """Writes the journals of the jobs of one process. What it cannot write is no error in a job."""
 
@@ -262,8 +278,8 @@ class JournalWriter:
         self._lock = threading.RLock()
         # Held while something is on its way: what is sent later arrives later.
         self._sending = threading.Lock()
-        # Of any thread, without a lock.
-        self._dirty: collections.deque[Journal] = collections.deque()
+        # Of any thread, without a lock: each change is one of the interpreter's.
+        self._dirty: dict[Journal, None] = {}
         self._work = threading.Event()
         self._written_at = 0.0
         self._pause_until = 0.0
@@ -283,12 +299,16 @@ class JournalWriter:
 
     def add(self, journal: Journal) -> None:
         """A journal has something to be written."""
-        self._dirty.append(journal)
+        self._dirty[journal] = None
         if self._thread is None or self._closed or not self._thread.is_alive():
             with self._lock:
                 self._ensure_thread()
         if not self._work.is_set():
             self._work.set()
+
+    def forget(self, journal: Journal) -> None:
+        """Of a journal that has ended nothing is to be written here."""
+        self._dirty.pop(journal, None)
 
     def write_last(self, journals: Collection[Journal], patience: float | None = None) -> None:
         """Writes all that attempts have shown that have ended. Raises `StoreUnavailable`, and may be called again."""
@@ -320,7 +340,9 @@ class JournalWriter:
             # Wait for more, not for an event: this is the gathering. After a pause it goes out at once.
             until = max(self._written_at + GATHER, self._pause_until)
             threading.Event().wait(max(0.0, until - time.monotonic()))
-            journals = [self._dirty.popleft() for _ in range(len(self._dirty))]
+            journals = list(self._dirty)
+            for journal in journals:
+                self.forget(journal)
             try:
                 self._write(journals)
             except StoreError as error:
