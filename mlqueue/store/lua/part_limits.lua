@@ -14,6 +14,8 @@ local CALLED = 100
 -- All of it is made in one function, where limits are in use only: each function costs at every call.
 make_limits = function()
   local made, specs, claimed = {}, {}, {}
+  -- What jobs of an actor need that stand in no group.
+  local usual = {}
   -- What was read in this call: the capacities, and who is called for a limit (false: nobody). How often slots
   -- were given or claimed.
   local capacities, called, grabs = {}, {}, 0
@@ -50,6 +52,9 @@ make_limits = function()
 
   -- What a job needs: names of limits, and how many slots of each. group: as the record has it, or nil.
   function made.needs(actor, group)
+    if not group and usual[actor] then
+      return usual[actor]
+    end
     local spec = specs[actor]
     if not spec then
       local packed = call('HGET', R .. ':lim:a', actor)
@@ -64,13 +69,16 @@ make_limits = function()
     if spec[2] == 1 or key ~= '' then
       needs[#needs + 1] = { '@' .. actor .. (key == '' and '' or '/' .. key), 1 }
     end
+    if not group then
+      usual[actor] = needs
+    end
     return needs
   end
 
   function made.capacity(name)
-    name = string.match(name, '^[^/]*')
     if not capacities[name] then
-      local set = call('HMGET', R .. ':lim', name, '~' .. name)
+      local limit = string.match(name, '^[^/]*')
+      local set = call('HMGET', R .. ':lim', limit, '~' .. limit)
       capacities[name] = tonumber(set[1] or set[2] or 1)
     end
     return capacities[name]

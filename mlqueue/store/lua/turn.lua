@@ -80,11 +80,11 @@ local function take_limited(lane, n, bound)
   local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'WITHSCORES', 'LIMIT', 0, n)
   local before, left = #ids, {}
   local goes_on = true
+  lane.found = nil
   limited.gather_given()
   for i = 1, #run, 2 do
     lane.head, lane.score = run[i], tonumber(run[i + 1])
-    lane.found = lane.found and lane.found.id == run[i] and lane.found or nil
-    local id, needs = limited.first(lane)
+    local id, needs = limited.look(lane)
     if not id then
       goes_on = false
       break
