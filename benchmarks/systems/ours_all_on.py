@@ -1,4 +1,4 @@
-"""mlqueue with limits, logs and metrics on: the jobs need slots, of which there are enough, their
+"""mlqueue with limits, logs and metrics on: the jobs need slots, of which there are enough for all in hand, their
 logs and metrics are kept and what they use is measured; the jobs are as those of `ours`, and show nothing."""
 
 from __future__ import annotations
