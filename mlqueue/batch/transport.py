@@ -20,7 +20,6 @@ pickled unless both sides pass functions for it.
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import math
 import mmap
@@ -540,18 +539,25 @@ def _owned(node: Any) -> Any:
     return node
 
 
+class Watch(weakref.ref[np.ndarray]):
+    """Knows when an array has gone, and which memory it lay in."""
+
+    __slots__ = ("memory",)
+    memory: memoryview
+
+
 class Recycler:
     """Memory of this process for batches, used again when the last array over it is gone.
 
     Fresh memory costs a page fault for every 4 kB, which for large batches takes longer than filling them.
     """
 
-    def __init__(self, most_free: int = 32) -> None:
-        #: How many blocks are kept while nobody uses them.
-        self.most_free = most_free
-        self._free: deque[np.ndarray] = deque(maxlen=most_free)
-        self._in_use: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
-        self._number = itertools.count()
+    def __init__(self, most_idle: int = 1 << 26) -> None:
+        #: About how many bytes are kept while nobody uses them; at the least, two blocks.
+        self.most_idle = most_idle
+        # Changed by callbacks of the garbage collector, in any thread and at any moment: no step needs a lock.
+        self._free: deque[memoryview] = deque()
+        self._in_use: dict[int, Watch] = {}
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
         """An array of `shape` and `dtype` with any content, like ``numpy.empty``. May be called by any thread."""
@@ -559,25 +565,39 @@ class Recycler:
         nbytes = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else 0
         if nbytes < INITIAL_BYTES or dtype.hasobject:
             return np.empty(shape, dtype)
-        block = self._take(nbytes)
-        # What is watched: all arrays made of it keep it alive. (Of a mere view of the block they would keep the block.)
-        whole = np.frombuffer(block.data, np.uint8, nbytes)
-        number = next(self._number)
-        self._in_use[number] = weakref.ref(whole, lambda _: self._give_back(number)), block
-        array: np.ndarray = whole.view(dtype).reshape(shape)
-        return array
+        return self._make(shape, dtype, nbytes)
 
-    def _take(self, nbytes: int) -> np.ndarray:
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
+        """A function that gives such arrays of always the same shape and dtype, not small, without Python objects."""
+        nbytes, make = math.prod(shape) * dtype.itemsize, self._make
+        return lambda: make(shape, dtype, nbytes)
+
+    def _make(self, shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> np.ndarray:
+        memory = self._take(nbytes)
+        # All arrays that are made of this one keep it alive. (Of a mere view of the memory they would keep the latter.)
+        whole = np.frombuffer(memory, dtype, nbytes // dtype.itemsize)
+        watch = Watch(whole, self._give_back)
+        watch.memory = memory
+        self._in_use[id(watch)] = watch
+        return whole.reshape(shape)
+
+    def _take(self, nbytes: int) -> memoryview:
         for _ in range(len(self._free)):
             try:
-                block = self._free.pop()
+                memory = self._free.pop()  # what was used last is most likely in the processor's cache
             except IndexError:
                 break
-            if nbytes <= len(block) <= 2 * nbytes:
-                return block
-            self._free.appendleft(block)
-        return np.empty(nbytes, np.uint8)
+            if nbytes <= memory.nbytes <= 2 * nbytes:
+                return memory
+            self._free.appendleft(memory)
+        return np.empty(nbytes, np.uint8).data
 
-    def _give_back(self, number: int) -> None:
-        _, block = self._in_use.pop(number)
-        self._free.append(block)
+    def _give_back(self, watch: weakref.ref[np.ndarray]) -> None:
+        assert isinstance(watch, Watch)
+        del self._in_use[id(watch)]
+        self._free.append(watch.memory)
+        while len(self._free) > max(2, self.most_idle // watch.memory.nbytes):
+            try:
+                self._free.popleft()
+            except IndexError:
+                break

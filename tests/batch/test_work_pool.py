@@ -403,7 +403,8 @@ class TestResume:
         before = rng.get_state()[1].tolist()
         state = one.state_dict()
         assert rng.get_state()[1].tolist() == before
-        assert len(one._drawing.anchors) < 5
+        # Those before it have been let go, but the last; there are 8 batches from one to the next.
+        assert len(one._drawing.anchors) <= 2 + (one._drawing._drawn - one.given) // 8
         left = list(one)
         serial = arrays(repeats=4).batch_iterator(3, shuffle=np.random.RandomState(9))
         serial.load_state_dict({name: value for name, value in state.items() if name != "pool"})
