@@ -61,6 +61,9 @@ INITIAL_BYTES = 65536
 #: When a slot grows by more than this many bytes, it is asked first whether there is room.
 CHECKED_BYTES = 1 << 24
 
+#: Buffers of at least so many bytes are written into the file of a shared constant, so many at a time.
+WRITTEN_BYTES, WRITTEN_AT_ONCE = 1 << 20, 1 << 26
+
 #: Descriptions of more bytes are not kept for batches that have the same.
 LONGEST_KEPT = 1 << 20
 
@@ -120,6 +123,19 @@ class Segment:
             _allocate(self.fd, os.fstat(self.fd).st_size, present)
         self._map(present)
 
+    def write(self, content: memoryview, place: int) -> None:
+        """Put bytes at `place`, at the end of the file or before it. They are mapped here by :meth:`cover` or a growth.
+
+        Raises TransportError when there is no room for them.
+        """
+        _check_room(os.fstat(self.fd).st_size, place + content.nbytes)
+        done = 0
+        try:
+            while done < content.nbytes:
+                done += os.pwrite(self.fd, content[done : done + WRITTEN_AT_ONCE], place + done)
+        except OSError as error:
+            raise _no_room(place + content.nbytes, str(error.strerror)) from error
+
     def cover(self, size: int) -> None:
         """Map at least `size` bytes, to which another process has grown the segment."""
         if size > self.size:
@@ -171,9 +187,7 @@ def _anonymous_file() -> int:
 def _allocate(fd: int, present: int, size: int) -> None:
     """Make the file that has `present` bytes one of `size` bytes."""
     # Now, because a page that cannot be had later is a SIGBUS. The kernel would rather end a process than refuse.
-    room = memory_room() if size - present > CHECKED_BYTES else None
-    if room is not None and size - present > room:
-        raise _no_room(size, f"{room:,} bytes are free")
+    _check_room(present, size)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
@@ -183,6 +197,12 @@ def _allocate(fd: int, present: int, size: int) -> None:
                 os.pwrite(fd, bytes(min(CHECKED_BYTES, size - place)), place)
     except OSError as error:
         raise _no_room(size, str(error.strerror)) from error
+
+
+def _check_room(present: int, size: int) -> None:
+    room = memory_room() if size - present > CHECKED_BYTES else None
+    if room is not None and size - present > room:
+        raise _no_room(size, f"{room:,} bytes are free")
 
 
 def _no_room(size: int, reason: str) -> TransportError:
@@ -335,9 +355,23 @@ class SlotWriter:
 
     def write_pickle(self, body: bytes, buffers: Sequence[Any]) -> tuple[int, int]:
         """As :meth:`write`, for one object that the caller has pickled: its pickle and the buffers beside it."""
-        places = [self._put(content) for content in [body, *buffers]]
+        places = [self._put(body), *map(self._write_buffer, buffers)]
         self.last_places = places[1:]
-        return self._put(_encode(("p", tuple(places))))
+        description = _encode(("p", tuple(places)))
+        place = _round_up(self._cursor, ALIGNMENT)
+        self.segment.write(memoryview(description), place)  # not by growing: nothing more comes
+        self.segment.cover(place + len(description))
+        return place, len(description)
+
+    def _write_buffer(self, buffer: Any) -> tuple[int, int]:
+        """Put a buffer into the slot; a large one into its file, which saves a page fault for every 4 kB."""
+        content = memoryview(buffer).cast("B")
+        if content.nbytes < WRITTEN_BYTES:
+            return self._put(content)
+        place = _round_up(self._cursor, ALIGNMENT)
+        self.segment.write(content, place)
+        self._cursor = place + content.nbytes
+        return place, content.nbytes
 
 
 @lru_cache(maxsize=512)  # a slot has mostly the same arrays at the same places

@@ -45,7 +45,7 @@ __all__ = [
 
 #: Small batches of plain arrays are gathered together, up to about so many bytes, and parted when they are given: by
 #: threads, and by processes, which are called off one group at a time and so do not go beyond the buffer.
-THREAD_GROUP_BYTES = 1 << 22
+THREAD_GROUP_BYTES = 1 << 23
 PROCESS_GROUP_BYTES = 1 << 20
 #: So many at most, however small they are.
 MOST_GROUPED = 64
