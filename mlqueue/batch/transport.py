@@ -20,6 +20,7 @@ pickled unless both sides pass functions for it.
 from __future__ import annotations
 
 import ast
+import ctypes
 import json
 import math
 import mmap
@@ -67,6 +68,8 @@ WRITTEN_BYTES, WRITTEN_AT_ONCE = 1 << 20, 1 << 26
 #: Descriptions of more bytes are not kept for batches that have the same.
 LONGEST_KEPT = 1 << 20
 
+#: Memory of this process that is no array of numpy's: an array of ctypes' c_ubyte.
+Memory = Any
 #: Makes an array of a shape and dtype, with any content, as ``numpy.empty`` does.
 Empty = Callable[[Any, Any], np.ndarray]
 #: Pickles an object with protocol 5, giving its buffers to the second argument.
@@ -577,7 +580,7 @@ class Watch(weakref.ref[np.ndarray]):
     """Knows when an array has gone, and which memory it lay in."""
 
     __slots__ = ("memory",)
-    memory: memoryview
+    memory: Memory
 
 
 class Recycler:
@@ -590,7 +593,7 @@ class Recycler:
         #: About how many bytes are kept while nobody uses them; at the least, two blocks.
         self.most_idle = most_idle
         # Changed by callbacks of the garbage collector, in any thread and at any moment: no step needs a lock.
-        self._free: deque[memoryview] = deque()
+        self._free: deque[Memory] = deque()
         self._in_use: dict[int, Watch] = {}
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
@@ -599,38 +602,46 @@ class Recycler:
         nbytes = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else 0
         if nbytes < INITIAL_BYTES or dtype.hasobject:
             return np.empty(shape, dtype)
-        return self._make(shape, dtype, nbytes)
+        return self.maker(shape, dtype)()
 
     def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
         """A function that gives such arrays of always the same shape and dtype, not small, without Python objects."""
-        nbytes, make = math.prod(shape) * dtype.itemsize, self._make
-        return lambda: make(shape, dtype, nbytes)
+        nbytes = math.prod(shape) * dtype.itemsize
+        free, in_use, take, give_back, ndarray = self._free, self._in_use, self._take, self._give_back, np.ndarray
 
-    def _make(self, shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int) -> np.ndarray:
-        memory = self._take(nbytes)
-        # All arrays that are made of this one keep it alive. (Of a mere view of the memory they would keep the latter.)
-        whole = np.frombuffer(memory, dtype, nbytes // dtype.itemsize)
-        watch = Watch(whole, self._give_back)
-        watch.memory = memory
-        self._in_use[id(watch)] = watch
-        return whole.reshape(shape)
+        def make() -> np.ndarray:
+            try:
+                memory = free.pop()
+                if not nbytes <= len(memory) <= 2 * nbytes:
+                    free.append(memory)
+                    memory = take(nbytes)
+            except IndexError:
+                memory = take(nbytes)
+            # All arrays that are made of this one keep it alive. (Were the memory an array, they would keep that.)
+            array: np.ndarray = ndarray(shape, dtype, memory)
+            watch = Watch(array, give_back)
+            watch.memory = memory
+            in_use[id(watch)] = watch
+            return array
 
-    def _take(self, nbytes: int) -> memoryview:
+        return make
+
+    def _take(self, nbytes: int) -> Memory:
         for _ in range(len(self._free)):
             try:
                 memory = self._free.pop()  # what was used last is most likely in the processor's cache
             except IndexError:
                 break
-            if nbytes <= memory.nbytes <= 2 * nbytes:
+            if nbytes <= len(memory) <= 2 * nbytes:
                 return memory
             self._free.appendleft(memory)
-        return np.empty(nbytes, np.uint8).data
+        return (ctypes.c_ubyte * nbytes).from_buffer(np.empty(nbytes, np.uint8).data)
 
     def _give_back(self, watch: weakref.ref[np.ndarray]) -> None:
         assert isinstance(watch, Watch)
         del self._in_use[id(watch)]
         self._free.append(watch.memory)
-        while len(self._free) > max(2, self.most_idle // watch.memory.nbytes):
+        while len(self._free) > max(2, self.most_idle // len(watch.memory)):
             try:
                 self._free.popleft()
             except IndexError:
