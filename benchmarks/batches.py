@@ -32,6 +32,7 @@ import socket
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -186,6 +187,32 @@ def memory(options: argparse.Namespace) -> None:
 # --- two threads, arrays in memory ---
 
 
+def bare_threads(arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> Rate:
+    """The least there is to do for two threads: each takes every other group of batches into arrays of its own, over
+    and over, and hands nothing to anybody."""
+    group = max(1, (1 << 22) // (batch_size * FEATURES * 4)) * batch_size
+    slots = [[[np.empty((group, *a.shape[1:]), a.dtype) for a in arrays] for _ in range(2)] for _ in range(WORKERS)]
+
+    def measure() -> float:
+        begun = time.perf_counter()
+        order = np.random.RandomState(1).permutation(SAMPLES)
+
+        def work(worker: int) -> None:
+            starts = range(worker * group, SAMPLES - group + 1, WORKERS * group)
+            for number, start in enumerate(starts):
+                for array, slot in zip(arrays, slots[worker][number % 2], strict=True):
+                    np.take(array, order[start : start + group], axis=0, out=slot, mode="clip")
+
+        workers = [threading.Thread(target=work, args=(worker,)) for worker in range(WORKERS)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return SAMPLES // group * (group // batch_size) / (time.perf_counter() - begun)
+
+    return measure
+
+
 def threads(options: argparse.Namespace) -> None:
     arrays, rows = memory_arrays(), []
     ours = data_source.ArrayDataSource(list(arrays))
@@ -198,10 +225,12 @@ def threads(options: argparse.Namespace) -> None:
                 return lambda: rate(ds.batch_iterator(batch_size, shuffle=np.random.RandomState(1)))
 
             competitors = {"2 threads": epoch(parallel), "one": epoch(ours)}
+            competitors["bare numpy, 2 threads"] = bare_threads(arrays, batch_size)
             if theirs is not None:
                 competitors["BatchUp, one"] = epoch(theirs)
             found = compare(competitors, options.rounds * 3)
             row: dict[str, Any] = {"batch": batch_size, **found, "x one": found["2 threads"] / found["one"]}
+            row["x bare numpy"] = found["2 threads"] / found["bare numpy, 2 threads"]
             if theirs is not None:
                 row["x BatchUp"] = found["2 threads"] / found["BatchUp, one"]
             rows.append(row)
@@ -396,8 +425,8 @@ def parallel(options: argparse.Namespace) -> None:
     images, rows = make_images(options.images_folder, options.images), []
     costs: list[dict[str, Any]] = []
     for task_name, make_task in TASKS.items():
-        if task_name.startswith("pictures"):
-            continue  # these are for the pool of actors
+        if task_name.startswith("pictures") or task_name not in (options.tasks or TASKS):
+            continue  # pictures are for the pool of actors
         task = make_task(images)
         with contextlib.ExitStack() as closing:
             loaders = {name: open_loader(name, task, closing) for name in LOADERS}
@@ -742,7 +771,7 @@ def drain(batches: Any) -> None:
 def first(options: argparse.Namespace) -> None:
     make_images(options.images_folder, options.images)
     rows = []
-    for task_name in TASKS:
+    for task_name in options.tasks or TASKS:
         for name in LOADERS:
             runs = []
             for _ in range(options.rounds):
@@ -755,7 +784,7 @@ def first(options: argparse.Namespace) -> None:
             if runs:
                 median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                 rows.append({"task": task_name, "loader": name, **median})
-    table("Time to the first batch, in ms, and the memory of all processes (PSS), in MB", rows)
+    table("Time to the first batch, in ms, and the memory of all processes (PSS, and all shared memory), in MB", rows)
 
 
 def one(name: str, task_name: str, images: list[str]) -> None:
@@ -764,6 +793,7 @@ def one(name: str, task_name: str, images: list[str]) -> None:
     if name == "torch":
         with contextlib.suppress(ImportError):  # its import is not what is measured
             import torch.utils.data  # noqa: F401
+    shared_before = shared_memory()
     with contextlib.ExitStack() as closing:
         begun = time.perf_counter()
         loader = open_loader(name, task, closing)
@@ -785,7 +815,8 @@ def one(name: str, task_name: str, images: list[str]) -> None:
         held = next(batches)
         time.sleep(0.5)  # for the loader to get as far ahead as it may
         touch(held)
-        print(json.dumps({"first": cold * 1e3, "later": statistics.median(later) * 1e3, "memory": pss() / 1e6}))
+        memory = pss() + shared_memory() - shared_before
+        print(json.dumps({"first": cold * 1e3, "later": statistics.median(later) * 1e3, "memory": memory / 1e6}))
         sys.stdout.flush()
         finish(batches)
 
@@ -820,14 +851,22 @@ def processor_time() -> float:
 
 
 def pss() -> int:
-    """The proportional set size, in bytes, of the family (Linux)."""
+    """The proportional set size, in bytes, of the family, without memory that is shared by a file (Linux)."""
     total = 0
     for pid in family():
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
+            fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+            total += (int(fields["Pss"].split()[0]) - int(fields["Pss_Shmem"].split()[0])) * 1024
     return total
+
+
+def shared_memory() -> int:
+    """The bytes of shared memory that this machine has (Linux). What is on its way between processes is often mapped by
+    none of them, and belongs to a loader all the same."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Shmem:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 # --- weighted drawing ---
@@ -872,7 +911,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all without")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="those of the pool of actors, else all")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="of the parts parallel, first and actors, else all")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a round with the pool of actors, at most")
     parser.add_argument("--images", type=int, default=20_000, help="how many JPEG files")
     parser.add_argument(

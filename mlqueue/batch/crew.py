@@ -25,6 +25,9 @@ __all__ = ["BatchCall", "Call", "Crew", "How", "ThreadCrew", "Work", "closed_err
 
 How = Literal["lend", "copy", "view"]
 
+#: About how many bytes a crew of threads keeps, between passes, of what its batches took.
+MOST_IDLE = 1 << 28
+
 
 class Call:
     """A function to be called by a worker."""
@@ -158,7 +161,7 @@ class ThreadCrew(Crew):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._recycler = Recycler()
+        self._recycler = Recycler(MOST_IDLE)
         self._inbox: Inbox = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=_work_in_thread, args=(self._inbox,), name=f"mlqueue-batch-{n}", daemon=True)

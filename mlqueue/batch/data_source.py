@@ -39,7 +39,7 @@ from mlqueue.batch.iterators import (
 from mlqueue.batch.iterators import state_of as state_of
 from mlqueue.batch.order import Shuffle, StreamShuffle, as_shuffle, check_batch_size, member_seed
 from mlqueue.batch.reduction import batch_map_concat, batch_map_mean
-from mlqueue.batch.rows import as_rows, is_array_like, lender, reader, rows_into
+from mlqueue.batch.rows import as_rows, is_array_like, reader, rows_into
 from mlqueue.batch.sampling import (
     AbstractSampler,
     IndexIterator,
@@ -370,7 +370,7 @@ class ArrayDataSource(RandomAccessDataSource):
         """
         indices = self.batch_indices_iterator(batch_size, shuffle, epoch=epoch, drop_last=drop_last)
         if isinstance(indices, IndexIterator) and self._names is None and not self.include_indices and self._is_plain():
-            return ArrayIterator(indices, self._readers if copy else [lender(array) for array in self._arrays])
+            return ArrayIterator(indices, batch_size, self._arrays, lend=not copy)
         return GatherIterator(indices, self.samples_by_indices_nomapping)
 
     def _is_plain(self) -> bool:

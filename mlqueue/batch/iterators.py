@@ -10,6 +10,7 @@ import numpy as np
 from mlqueue.batch.errors import StateError
 from mlqueue.batch.iteration import BatchIterator, batch_length, check_state, trim_batch
 from mlqueue.batch.order import Shuffle
+from mlqueue.batch.rows import Gatherer
 from mlqueue.batch.sampling import IndexIterator, saved_rng
 
 
@@ -49,20 +50,53 @@ class GatherIterator(BatchIterator):
 
 
 class ArrayIterator(BatchIterator):
-    """Batches of an ArrayDataSource: read as slices where they are in order."""
+    """Batches of an ArrayDataSource of `arrays`: read as slices where they are in order.
 
-    def __init__(self, indices: IndexIterator, readers: list[Callable[[Any], Any]]) -> None:
-        self._indices, self._readers = indices, readers
-        self._next_span = indices.next_span
+    `lend`: they are only read, and before the next one is asked for.
+    """
+
+    def __init__(self, indices: IndexIterator, batch_size: int, arrays: list[Any], lend: bool) -> None:
+        self._indices, self._size = indices, batch_size
+        self._gatherers = [Gatherer(array, batch_size, lend) for array in arrays]
+        # Most batches are cut here out of an epoch's order, which takes the least time; the place is told afterwards.
+        self._order: np.ndarray | None = None
+        self._place = self._stop = 0
+        self._cutting = False
+        self._gather: list[Callable[[Any], Any]] = []
 
     def __next__(self) -> tuple[Any, ...]:
-        span = self._next_span()
-        return tuple([read(span) for read in self._readers])
+        start = self._place
+        stop = start + self._size
+        if stop > self._stop:
+            return self._go_on()
+        self._place = stop
+        order = self._order
+        span = slice(start, stop) if order is None else order[start:stop]
+        return tuple([gather(span) for gather in self._gather])
+
+    def _go_on(self) -> tuple[Any, ...]:
+        self._tell()
+        run = self._indices.whole_batches()
+        if run is None:
+            span = self._indices.next_span()
+            return tuple([gatherer(span) for gatherer in self._gatherers])
+        self._order, self._place, self._stop = run
+        self._cutting = True
+        self._gather = [gatherer.of(run) for gatherer in self._gatherers]
+        return next(self)
+
+    def _tell(self) -> None:
+        if self._cutting:
+            self._indices.move_to(self._place)
+        self._place = self._stop = 0
+        self._cutting, self._order = False, None
 
     def state_dict(self) -> dict[str, Any]:
+        self._tell()
         return self._indices.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._tell()
         self._indices.load_state_dict(state)
 
 

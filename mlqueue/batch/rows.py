@@ -14,16 +14,31 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-__all__ = ["HDF5Rows", "as_rows", "is_array_like", "lender", "mapped_root", "reader"]
+from mlqueue.batch.transport import Recycler
+
+__all__ = ["Gatherer", "HDF5Rows", "as_rows", "is_array_like", "lender", "mapped_root", "reader"]
 
 #: Only one thread at a time may be inside the HDF5 library as PyTables uses it.
 HDF5_LOCK = threading.RLock()
 
+#: Batches of an array of at least so many bytes are put into memory that is used again.
+REUSED_BYTES = 1 << 19
+#: For all iterators of this process: the next one finds what the one before has left.
+RECYCLER = Recycler()
+
+Span = slice | np.ndarray
 Reader = Callable[[Any], Any]
+
+
+class Run(Protocol):
+    """What :class:`Gatherer` has to know of :class:`~mlqueue.batch.sampling.Run`."""
+
+    @property
+    def order(self) -> np.ndarray | None: ...
 
 
 def is_array_like(x: Any) -> bool:
@@ -78,22 +93,107 @@ def lender(x: Any) -> Reader:
     plain = x.view(np.ndarray) if isinstance(x, np.memmap) else x
     if not (type(plain) is np.ndarray and plain.ndim and plain.flags.c_contiguous) or plain.dtype.hasobject:
         return reader(x)
-    array = plain.view()
-    array.flags.writeable = False
-    slot = np.empty((0, *array.shape[1:]), array.dtype)
+    return Lender(plain)
 
-    def lend(span: Any) -> Any:
-        nonlocal slot
+
+class Lender:
+    """Lends rows of a plain array; see :func:`lender`."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array.view()
+        self._array.flags.writeable = False
+        self._slot = np.empty((0, *array.shape[1:]), array.dtype)
+
+    def slot(self, length: int) -> np.ndarray:
+        """The memory that is lent, for so many rows."""
+        if length > len(self._slot):
+            self._slot = RECYCLER.empty((length, *self._array.shape[1:]), self._array.dtype)
+        return self._slot[:length]
+
+    def __call__(self, span: Any) -> Any:
         if type(span) is not np.ndarray:
-            return array[span]
-        if len(span) > len(slot):
-            slot = np.empty((len(span), *array.shape[1:]), array.dtype)
-        rows = rows_into(array, array.take, span, lambda shape, dtype: slot[: shape[0]])
+            return self._array[span]
+        rows = rows_into(self._array, self._array.take, span, lambda shape, dtype: self.slot(shape[0]))
         lent: np.ndarray = rows.view()
         lent.flags.writeable = False
         return lent
 
-    return lend
+
+class Gatherer:
+    """Gives batches of rows of x, most of them of `length`, as fast as they can be had: of a plain array in the same
+    memory over and over (`lend`), or in memory that is used again when nobody has the batch any more. Else as
+    :func:`lender` and :func:`reader` do."""
+
+    def __init__(self, x: Any, length: int, lend: bool) -> None:
+        plain = x.view(np.ndarray) if isinstance(x, np.memmap) else x
+        self._array: np.ndarray | None = None
+        if type(plain) is np.ndarray and plain.ndim and plain.flags.c_contiguous and not plain.dtype.hasobject:
+            self._array = plain
+        self._length, self._lend = length, lend
+        self._read = lender(x) if lend else reader(x)
+        self._large = self._array is not None and length * plain[:1].nbytes >= REUSED_BYTES
+
+    def __call__(self, span: Span) -> Any:
+        """The rows at a slice, or at 1-D ints."""
+        array = self._array
+        if array is None or self._lend or not self._large:
+            return self._read(span)
+        if type(span) is np.ndarray:
+            return rows_into(array, self._read, span, RECYCLER.empty)
+        part = array[span]
+        rows = RECYCLER.empty(part.shape, part.dtype)
+        rows[...] = part
+        return rows
+
+    def of(self, run: Run) -> Reader:
+        """What gives the batches of a run: for parts of its order, or for slices where it has none."""
+        array = self._array
+        if array is None or not len(array):
+            return self._read
+        if run.order is None:
+            return self._read if self._lend else self._copies(array)
+        # take() copies through a buffer unless it may clip. So what is allowed is told here, for all batches at once.
+        if run.order.min() < 0 or run.order.max() >= len(array):
+            return self._read
+        return self._takes(array)
+
+    def _shape(self, array: np.ndarray) -> tuple[int, ...]:
+        return self._length, *array.shape[1:]
+
+    def _copies(self, array: np.ndarray) -> Reader:
+        if not self._large:
+            return lambda span: array[span].copy()
+        empty = RECYCLER.maker(self._shape(array), array.dtype)
+
+        def copy(span: Any) -> np.ndarray:
+            rows = empty()
+            rows[...] = array[span]
+            return rows
+
+        return copy
+
+    def _takes(self, array: np.ndarray) -> Reader:
+        take = array.take
+        if isinstance(self._read, Lender):
+            slot = self._read.slot(self._length)
+            lent = slot.view()
+            lent.flags.writeable = False
+
+            def lend(index: np.ndarray) -> np.ndarray:
+                take(index, 0, slot, "clip")
+                return lent
+
+            return lend
+        if not self._large:
+            return lambda index: take(index, 0)
+        empty = RECYCLER.maker(self._shape(array), array.dtype)
+
+        def gather(index: np.ndarray) -> np.ndarray:
+            rows = empty()
+            take(index, 0, rows, "clip")
+            return rows
+
+        return gather
 
 
 def from_dlpack(x: Any) -> Any:

@@ -32,6 +32,16 @@ __all__ = [
 Span = slice | np.ndarray
 
 
+class Run(NamedTuple):
+    """Batches of the full size that lie one behind the other in an epoch."""
+
+    #: The indices (1-D ints) of the epoch in their order; None where its places are its indices.
+    order: np.ndarray | None
+    #: The place where the first of the batches begins, and that where the last one ends.
+    start: int
+    stop: int
+
+
 def num_batches(n: int, batch_size: int) -> int:
     """The number of batches of at most `batch_size` samples that `n` samples fill: n / batch_size, rounded up."""
     if batch_size < 1:
@@ -93,6 +103,14 @@ class IndexIterator(BatchIterator):
     @abstractmethod
     def next_span(self) -> Span:
         """The next batch of indices; a slice (with start, stop and step) where they are in order."""
+
+    def whole_batches(self) -> Run | None:
+        """The batches that are next, to be cut by the caller, who says by :meth:`move_to` how far that went before
+        anything else is asked; None where they have to be asked for one by one."""
+        return None
+
+    def move_to(self, place: int) -> None:
+        """The batches before this place of the last :meth:`whole_batches` have been given."""
 
 
 class StandardSampler(AbstractSampler):
@@ -301,6 +319,19 @@ class EpochStream(IndexIterator):
             return self._straddle()
         start, self._position = self._position, stop
         return self._span(start, stop)
+
+    def whole_batches(self) -> Run | None:
+        if self._shard.world_size > 1:
+            return None
+        if self._epoch < self._first_epoch:
+            self._begin_epoch()
+        batches = (self._length - self._position) // self._batch_size
+        if not batches or not (self._order is None or type(self._order) is np.ndarray):
+            return None
+        return Run(self._order, self._position, self._position + batches * self._batch_size)
+
+    def move_to(self, place: int) -> None:
+        self._position = place
 
     def _straddle(self) -> Span:
         """The end of an epoch and the start of the next, or of several."""

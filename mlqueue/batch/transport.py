@@ -20,7 +20,7 @@ pickled unless both sides pass functions for it.
 from __future__ import annotations
 
 import ast
-import itertools
+import ctypes
 import json
 import math
 import mmap
@@ -62,9 +62,14 @@ INITIAL_BYTES = 65536
 #: When a slot grows by more than this many bytes, it is asked first whether there is room.
 CHECKED_BYTES = 1 << 24
 
+#: Buffers of at least so many bytes are written into the file of a shared constant, so many at a time.
+WRITTEN_BYTES, WRITTEN_AT_ONCE = 1 << 20, 1 << 26
+
 #: Descriptions of more bytes are not kept for batches that have the same.
 LONGEST_KEPT = 1 << 20
 
+#: Memory of this process that is no array of numpy's: an array of ctypes' c_ubyte.
+Memory = Any
 #: Makes an array of a shape and dtype, with any content, as ``numpy.empty`` does.
 Empty = Callable[[Any, Any], np.ndarray]
 #: Pickles an object with protocol 5, giving its buffers to the second argument.
@@ -121,6 +126,19 @@ class Segment:
             _allocate(self.fd, os.fstat(self.fd).st_size, present)
         self._map(present)
 
+    def write(self, content: memoryview, place: int) -> None:
+        """Put bytes at `place`, at the end of the file or before it. They are mapped here by :meth:`cover` or a growth.
+
+        Raises TransportError when there is no room for them.
+        """
+        _check_room(os.fstat(self.fd).st_size, place + content.nbytes)
+        done = 0
+        try:
+            while done < content.nbytes:
+                done += os.pwrite(self.fd, content[done : done + WRITTEN_AT_ONCE], place + done)
+        except OSError as error:
+            raise _no_room(place + content.nbytes, str(error.strerror)) from error
+
     def cover(self, size: int) -> None:
         """Map at least `size` bytes, to which another process has grown the segment."""
         if size > self.size:
@@ -172,9 +190,7 @@ def _anonymous_file() -> int:
 def _allocate(fd: int, present: int, size: int) -> None:
     """Make the file that has `present` bytes one of `size` bytes."""
     # Now, because a page that cannot be had later is a SIGBUS. The kernel would rather end a process than refuse.
-    room = memory_room() if size - present > CHECKED_BYTES else None
-    if room is not None and size - present > room:
-        raise _no_room(size, f"{room:,} bytes are free")
+    _check_room(present, size)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
@@ -184,6 +200,12 @@ def _allocate(fd: int, present: int, size: int) -> None:
                 os.pwrite(fd, bytes(min(CHECKED_BYTES, size - place)), place)
     except OSError as error:
         raise _no_room(size, str(error.strerror)) from error
+
+
+def _check_room(present: int, size: int) -> None:
+    room = memory_room() if size - present > CHECKED_BYTES else None
+    if room is not None and size - present > room:
+        raise _no_room(size, f"{room:,} bytes are free")
 
 
 def _no_room(size: int, reason: str) -> TransportError:
@@ -336,9 +358,23 @@ class SlotWriter:
 
     def write_pickle(self, body: bytes, buffers: Sequence[Any]) -> tuple[int, int]:
         """As :meth:`write`, for one object that the caller has pickled: its pickle and the buffers beside it."""
-        places = [self._put(content) for content in [body, *buffers]]
+        places = [self._put(body), *map(self._write_buffer, buffers)]
         self.last_places = places[1:]
-        return self._put(_encode(("p", tuple(places))))
+        description = _encode(("p", tuple(places)))
+        place = _round_up(self._cursor, ALIGNMENT)
+        self.segment.write(memoryview(description), place)  # not by growing: nothing more comes
+        self.segment.cover(place + len(description))
+        return place, len(description)
+
+    def _write_buffer(self, buffer: Any) -> tuple[int, int]:
+        """Put a buffer into the slot; a large one into its file, which saves a page fault for every 4 kB."""
+        content = memoryview(buffer).cast("B")
+        if content.nbytes < WRITTEN_BYTES:
+            return self._put(content)
+        place = _round_up(self._cursor, ALIGNMENT)
+        self.segment.write(content, place)
+        self._cursor = place + content.nbytes
+        return place, content.nbytes
 
 
 @lru_cache(maxsize=512)  # a slot has mostly the same arrays at the same places
@@ -540,18 +576,25 @@ def _owned(node: Any) -> Any:
     return node
 
 
+class Watch(weakref.ref[np.ndarray]):
+    """Knows when an array has gone, and which memory it lay in."""
+
+    __slots__ = ("memory",)
+    memory: Memory
+
+
 class Recycler:
     """Memory of this process for batches, used again when the last array over it is gone.
 
     Fresh memory costs a page fault for every 4 kB, which for large batches takes longer than filling them.
     """
 
-    def __init__(self, most_free: int = 32) -> None:
-        #: How many blocks are kept while nobody uses them.
-        self.most_free = most_free
-        self._free: deque[np.ndarray] = deque(maxlen=most_free)
-        self._in_use: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
-        self._number = itertools.count()
+    def __init__(self, most_idle: int = 1 << 26) -> None:
+        #: About how many bytes are kept while nobody uses them; at the least, two blocks.
+        self.most_idle = most_idle
+        # Changed by callbacks of the garbage collector, in any thread and at any moment: no step needs a lock.
+        self._free: deque[Memory] = deque()
+        self._in_use: dict[int, Watch] = {}
 
     def empty(self, shape: Any, dtype: Any) -> np.ndarray:
         """An array of `shape` and `dtype` with any content, like ``numpy.empty``. May be called by any thread."""
@@ -559,25 +602,47 @@ class Recycler:
         nbytes = math.prod(shape) * dtype.itemsize if isinstance(shape, tuple) else 0
         if nbytes < INITIAL_BYTES or dtype.hasobject:
             return np.empty(shape, dtype)
-        block = self._take(nbytes)
-        # What is watched: all arrays made of it keep it alive. (Of a mere view of the block they would keep the block.)
-        whole = np.frombuffer(block.data, np.uint8, nbytes)
-        number = next(self._number)
-        self._in_use[number] = weakref.ref(whole, lambda _: self._give_back(number)), block
-        array: np.ndarray = whole.view(dtype).reshape(shape)
-        return array
+        return self.maker(shape, dtype)()
 
-    def _take(self, nbytes: int) -> np.ndarray:
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
+        """A function that gives such arrays of always the same shape and dtype, not small, without Python objects."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        free, in_use, take, give_back, ndarray = self._free, self._in_use, self._take, self._give_back, np.ndarray
+
+        def make() -> np.ndarray:
+            try:
+                memory = free.pop()
+                if not nbytes <= len(memory) <= 2 * nbytes:
+                    free.append(memory)
+                    memory = take(nbytes)
+            except IndexError:
+                memory = take(nbytes)
+            # All arrays that are made of this one keep it alive. (Were the memory an array, they would keep that.)
+            array: np.ndarray = ndarray(shape, dtype, memory)
+            watch = Watch(array, give_back)
+            watch.memory = memory
+            in_use[id(watch)] = watch
+            return array
+
+        return make
+
+    def _take(self, nbytes: int) -> Memory:
         for _ in range(len(self._free)):
             try:
-                block = self._free.pop()
+                memory = self._free.pop()  # what was used last is most likely in the processor's cache
             except IndexError:
                 break
-            if nbytes <= len(block) <= 2 * nbytes:
-                return block
-            self._free.appendleft(block)
-        return np.empty(nbytes, np.uint8)
+            if nbytes <= len(memory) <= 2 * nbytes:
+                return memory
+            self._free.appendleft(memory)
+        return (ctypes.c_ubyte * nbytes).from_buffer(np.empty(nbytes, np.uint8).data)
 
-    def _give_back(self, number: int) -> None:
-        _, block = self._in_use.pop(number)
-        self._free.append(block)
+    def _give_back(self, watch: weakref.ref[np.ndarray]) -> None:
+        assert isinstance(watch, Watch)
+        del self._in_use[id(watch)]
+        self._free.append(watch.memory)
+        while len(self._free) > max(2, self.most_idle // len(watch.memory)):
+            try:
+                self._free.popleft()
+            except IndexError:
+                break

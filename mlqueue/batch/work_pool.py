@@ -15,8 +15,8 @@ source itself gives, in its order: the indices are drawn by the process that ite
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain, repeat
 from typing import Any, Generic, Literal, Self, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from mlqueue.batch.iteration import BatchIterator
 from mlqueue.batch.order import as_shuffle
 from mlqueue.batch.pool_worker import is_pure
 from mlqueue.batch.process_crew import ProcessCrew, SharedConstant, WorkerDied, WorkerError
+from mlqueue.batch.sampling import IndexIterator
 
 __all__ = [
     "AbstractWorkerPool",
@@ -42,8 +43,12 @@ __all__ = [
     "WorkerThreadPool",
 ]
 
-#: Small batches of plain arrays are gathered together, up to about so many bytes, and parted when they are given.
-GROUP_BYTES = 1 << 20
+#: Small batches of plain arrays are gathered together, up to about so many bytes, and parted when they are given: by
+#: threads, and by processes, which are called off one group at a time and so do not go beyond the buffer.
+THREAD_GROUP_BYTES = 1 << 23
+PROCESS_GROUP_BYTES = 1 << 20
+#: So many at most, however small they are.
+MOST_GROUPED = 64
 #: Every so many batches the place of the index iterator is noted, so that a state can be made for any batch.
 ANCHOR_EVERY = 128
 
@@ -250,36 +255,71 @@ class ParallelDataSource(AbstractDataSource):
 
 class Drawing:
     """The index batches of an iterator, drawn as work for a crew. It knows nothing of the iterator, which so ends with
-    the last reference to it."""
+    the last reference to it.
 
-    def __init__(self, indices: Any, number: int, group: int, most: int | None = None) -> None:
-        self.indices, self._drawn, self._group, self._most = indices, number, group, most
-        #: Of the groups under way: the numbers of samples.
-        self.sizes: deque[list[int]] = deque()
+    `groups`: how many batches are gathered together, first and from then on; the last of them for all that follow.
+    """
+
+    def __init__(
+        self, indices: Any, number: int, batch_size: int, groups: Sequence[int], most: int | None = None
+    ) -> None:
+        self.indices, self._drawn, self._most = indices, number, most
+        self._batch_size, self._groups = batch_size, groups
+        #: Of the groups under way: the numbers of samples; None where the batch is given as it comes.
+        self.sizes: deque[list[int] | None] = deque()
         #: Number of a batch, and the state of the indices before it.
         self.anchors: deque[tuple[int, Any]] = deque()
 
     def calls(self, shared: Any, stream: tuple[int, int], empty: Any) -> Iterator[BatchCall]:
         """The work, in order."""
         failure: BaseException | None = None
-        while failure is None:
-            indices: list[Any] = []
-            try:
-                while len(indices) < self._group:
-                    indices.append(self._draw())
-            except BaseException as error:  # noqa: BLE001 - raised behind what was drawn before
-                failure = error
-            if indices:
-                joined = indices[0] if len(indices) == 1 else np.concatenate(indices)
-                self.sizes.append([0] if self._group == 1 else [len(part) for part in indices])
-                yield BatchCall(shared, joined, (*stream, self._drawn - len(indices)), empty)
-        if not isinstance(failure, StopIteration):
+        for wanted in chain(self._groups, repeat(self._groups[-1])):
+            number, sizes = self._drawn, None
+            joined = self._cut(wanted) if wanted > 1 else None
+            if joined is not None:
+                sizes = [self._batch_size] * (len(joined) // self._batch_size)
+            else:
+                indices: list[Any] = []
+                try:
+                    while len(indices) < wanted:
+                        indices.append(self._draw())
+                except BaseException as error:  # noqa: BLE001 - raised behind what was drawn before
+                    failure = error
+                if indices:
+                    joined = indices[0] if len(indices) == 1 else np.concatenate(indices)
+                    sizes = None if wanted == 1 else [len(part) for part in indices]
+            if joined is not None:
+                self.sizes.append(sizes)
+                yield BatchCall(shared, joined, (*stream, number), empty)
+            if failure is not None:
+                break
+        if failure is not None and not isinstance(failure, StopIteration):
             raise failure
 
-    def _draw(self) -> Any:
+    def _cut(self, wanted: int) -> np.ndarray | None:
+        """The indices of up to so many batches at once, where they lie one behind the other."""
+        if not isinstance(self.indices, IndexIterator):
+            return None
+        self._note()
+        run = self.indices.whole_batches()
+        if run is None:
+            return None
+        most = wanted if self._most is None else min(wanted, self._most - self._drawn)
+        stop = min(run.stop, run.start + most * self._batch_size)
+        if stop <= run.start:
+            return None
+        self.indices.move_to(stop)
+        self._drawn += (stop - run.start) // self._batch_size
+        return np.arange(run.start, stop) if run.order is None else run.order[run.start : stop].copy()
+
+    def _note(self) -> None:
+        """Note the place, if it is time."""
         if not self.anchors or self._drawn - self.anchors[-1][0] >= ANCHOR_EVERY:
             save = getattr(self.indices, "state_dict", None)
             self.anchors.append((self._drawn, None if save is None else quiet_state(save)))
+
+    def _draw(self) -> Any:
+        self._note()
         if self._drawn == self._most:
             raise StopIteration
         index_batch = next(self.indices)
@@ -326,10 +366,12 @@ class ParallelIterator(BatchIterator):
         self._given = number
         self._parts: deque[Any] = deque()  # batches of a group that are to be given
         crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
-        self._group = group_size(self._source.ds, self._batch_size, ahead // (2 * crew.workers))
-        self._drawing = Drawing(indices, number, self._group, self._most)
+        groups = group_sizes(self._source.ds, self._batch_size, crew, ahead)
+        self._drawing = Drawing(indices, number, self._batch_size, groups, self._most)
         calls = self._drawing.calls(self._shared, self._stream, crew.empty)
-        self._window = Window(crew, calls, ahead // self._group, self._how)
+        # What is given out at a time is small, but each worker needs some of it and something to go on with.
+        size = max(ahead // groups[-1], 2 * crew.workers) if groups[-1] > 1 else ahead
+        self._window = Window(crew, calls, size, self._how)
 
     def __next__(self) -> Any:
         if self._closed:
@@ -349,10 +391,11 @@ class ParallelIterator(BatchIterator):
             raise
         except BaseException:
             if self._drawing.sizes:  # else it was the indices that could not be drawn
-                self._given += len(self._drawing.sizes.popleft())
+                sizes = self._drawing.sizes.popleft()
+                self._given += 1 if sizes is None else len(sizes)
             raise
         sizes = self._drawing.sizes.popleft()
-        return [batch] if self._group == 1 else part_batch(batch, sizes)
+        return [batch] if sizes is None else part_batch(batch, sizes)
 
     def state_dict(self) -> dict[str, Any]:
         return self.state_at(self._given)
@@ -405,14 +448,19 @@ class ParallelIterator(BatchIterator):
             self._window.close()
 
 
-def group_size(ds: AbstractDataSource, batch_size: int, most: int) -> int:
-    """How many batches of a source are best gathered at once: several where they are small and nothing else is done."""
-    if most < 2 or not is_pure(ds):
-        return 1
+def group_sizes(ds: AbstractDataSource, batch_size: int, crew: Crew, ahead: int) -> list[int]:
+    """How many batches of a source are best gathered at once, first and from then on: several where they are small and
+    nothing else is done."""
+    if not is_pure(ds):
+        return [1]
     arrays = ds.data.values() if isinstance(ds.data, Mapping) else ds.data  # type: ignore[attr-defined]
-    sample_bytes = sum(array.nbytes // max(1, len(array)) for array in arrays)
-    fitting: int = GROUP_BYTES // max(1, sample_bytes * batch_size)
-    return max(1, min(most, fitting))
+    batch_bytes = max(1, sum(array.nbytes // max(1, len(array)) for array in arrays) * batch_size)
+    if isinstance(crew, ThreadCrew):
+        # Threads wait for each other each time one of them begins or ends something, so it should take a while. The
+        # first batches come one by one, to be there soon.
+        size = min(THREAD_GROUP_BYTES // batch_bytes, MOST_GROUPED)
+        return [1 << step for step in range(size.bit_length() - 1)] + [max(1, size)]
+    return [max(1, min(ahead // (2 * crew.workers), PROCESS_GROUP_BYTES // batch_bytes))]
 
 
 def part_batch(batch: Any, sizes: list[int]) -> list[Any]:

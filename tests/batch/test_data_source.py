@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlqueue.batch import data_source
+from mlqueue.batch import data_source, rows, transport
 from mlqueue.batch.data_source import (
     AbstractDataSource,
     ArrayDataSource,
@@ -383,6 +383,67 @@ def test_batches_that_are_only_read_need_no_copy(shuffle):
             assert np.shares_memory(batch[0], x)
     assert tree(lent) == tree(copies)
     assert shuffle is None or len(places) == 1
+
+
+@pytest.mark.parametrize("shuffle", [None, 3])
+def test_memory_of_large_batches_is_used_again_but_never_while_anybody_has_any_part_of_it(shuffle, monkeypatch):
+    monkeypatch.setattr(rows, "REUSED_BYTES", 1000)
+    monkeypatch.setattr(rows, "RECYCLER", transport.Recycler())
+    monkeypatch.setattr(transport, "INITIAL_BYTES", 1000)
+    x = np.arange(103 * 300, dtype=np.int32).reshape(103, 300)
+    expected = [part.copy() for (part,) in data_source.ArrayDataSource([x], repeats=6).batch_iterator(10, shuffle)]
+    held = {
+        0: lambda batch: batch,
+        2: lambda batch: batch[3:4],
+        3: lambda batch: batch[5:].T[7:][::2],
+        4: memoryview,
+        6: lambda batch: np.frombuffer(batch, np.int32).reshape(batch.shape)[1],
+        7: lambda batch: np.from_dlpack(batch)[:1],
+    }
+    kept, places = [], set()
+    for number, (batch,) in enumerate(data_source.ArrayDataSource([x], repeats=6).batch_iterator(10, shuffle)):
+        np.testing.assert_array_equal(expected[number], batch)
+        places.add(batch.__array_interface__["data"][0])
+        if number < 50 and number % 10 in held:
+            keep = held[number % 10]
+            kept.append((keep(expected[number]), keep(batch)))
+        else:
+            batch += 1  # it is the caller's
+        del batch
+    assert len(kept) == 30
+    assert len(places) <= len(kept) + 3
+    for mine, theirs in kept:
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+    np.testing.assert_array_equal(np.arange(103 * 300).reshape(103, 300), x)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize(("indices", "repeats"), [(None, 1), (None, 3), ([5, -1, 3, 3, -40, 7, 0, 2], 5)])
+@pytest.mark.parametrize("shuffle", [None, 3])
+def test_an_iterator_that_is_saved_between_any_two_batches_gives_what_one_that_is_not_gives(
+    copy, indices, repeats, shuffle
+):
+    def batches():
+        ds = data_source.ArrayDataSource([np.arange(41), np.arange(82).reshape(41, 2)], indices, repeats)
+        return ds.batch_iterator(4, shuffle, copy=copy)
+
+    expected = [[part.copy() for part in batch] for batch in batches()]
+    one, resumed = batches(), batches()
+    for batch in expected:
+        resumed.load_state_dict(one.state_dict())
+        for given_ in (one, resumed):
+            assert tree([list(next(given_))]) == tree([batch])
+    resumed.load_state_dict(one.state_dict())
+    assert next(one, None) is None is next(resumed, None)
+
+
+def test_an_order_that_a_users_object_draws_may_not_leave_the_array():
+    class Outside:
+        def permutation(self, x):
+            return np.arange(x) + 3
+
+    with pytest.raises(IndexError):
+        list(data_source.ArrayDataSource([np.arange(10)]).batch_iterator(2, Outside()))
 
 
 def test_stages_that_hold_several_batches_are_given_copies():

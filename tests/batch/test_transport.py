@@ -340,7 +340,7 @@ class TestRecycler:
         assert failures == []
 
     def test_what_is_kept_free_is_bounded(self):
-        recycler = Recycler(most_free=3)
+        recycler = Recycler(most_idle=2_400_000)
         arrays = [recycler.empty((100_000,), np.float64) for _ in range(10)]
         del arrays
         gc.collect()
