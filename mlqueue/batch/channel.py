@@ -28,7 +28,7 @@ __all__ = ["Channel"]
 PIECE: Final = 1 << 22
 #: Who waits for much is woken when there are so many bytes, not at each packet: waking takes the sender, in whose time
 #: packets of the same host arrive, longer than copying them.
-WAKE: Final = 1 << 20
+WAKE: Final = 1 << 18
 #: How many bytes are read ahead of what was asked for.
 AHEAD: Final = 4096
 #: How long what was sent may stay unacknowledged, until the connection counts as broken; in seconds.

@@ -92,6 +92,13 @@ redis.call("PEXPIRE", KEYS[2], ARGV[2])
 return 1
 """
 
+#: Keeps a part in the memory of this server alone: not in its append-only file, of which batches would take far more
+#: than all else together, nor in that of its replicas. What a server that takes over has not got is prepared anew.
+PUT: Final = b"redis.set_repl(redis.REPL_NONE) return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])"
+#: The commands for it up to the content: that way, and where the server keeps all to itself.
+SET_HEAD: Final = b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n"
+PUT_HEAD: Final = b"*6\r\n$4\r\nEVAL\r\n$%d\r\n%s\r\n$1\r\n1\r\n$%%d\r\n%%s\r\n$%%d\r\n" % (len(PUT), PUT)
+
 #: How long the store may take to answer the trainer that waits for what workers tell, in seconds.
 ANSWERS: Final = 3.0
 
@@ -106,17 +113,21 @@ class GoneError(Exception):
 # --- parts ---
 
 
-def write_parts(connection: socket.socket, key: str, body: Any, ttl: float = TTL) -> None:
+def write_parts(connection: socket.socket, key: str, body: Any, ttl: float = TTL, *, apart: bool = True) -> None:
     """Store `body` in parts under the keys ``{key}:0``, ``{key}:1`` ... Raises StoreError when the store refuses one,
-    OSError when the connection breaks; it is of no use after either."""
+    OSError when the connection breaks; it is of no use after either.
+
+    `apart`: Keep it out of the server's append-only file and its replicas; False where it has neither (`hands_on`).
+    """
     whole = memoryview(body).cast("B")
     count = parts_of(len(whole))
     milliseconds = str(int(ttl * 1000)).encode()
-    tail = b"\r\n$2\r\nPX\r\n$%d\r\n%s\r\n" % (len(milliseconds), milliseconds)
+    head, end = (PUT_HEAD, b"") if apart else (SET_HEAD, b"$2\r\nPX\r\n")
+    tail = b"\r\n%s$%d\r\n%s\r\n" % (end, len(milliseconds), milliseconds)
     for number in range(count):
         part = whole[number * PART : (number + 1) * PART]
         name = f"{key}:{number}".encode()
-        send_all(connection, b"*5\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, len(part)), more=True)
+        send_all(connection, head % (len(name), name, len(part)), more=True)
         send_all(connection, part, more=True)
         send_all(connection, tail, more=number < count - 1)
     answers = Answers(connection)
@@ -124,6 +135,17 @@ def write_parts(connection: socket.socket, key: str, body: Any, ttl: float = TTL
         answer = answers.line()
         if answer != b"+OK":
             raise StoreError(f"the store takes no batch: {answer[1:].decode(errors='replace')}")
+
+
+def hands_on(connection: Any) -> bool:
+    """Whether the server of a connection of redis-py hands on what is written to it: to a file, or to replicas. A
+    script that keeps it from doing so takes it twice as long as a mere SET."""
+    try:
+        connection.send_command("INFO")
+        told = dict(line.split(":", 1) for line in connection.read_response().decode().splitlines() if ":" in line)
+    except redis.ResponseError:
+        return True  # we may not ask
+    return told.get("aof_enabled") != "0" or told.get("connected_slaves") != "0"
 
 
 def read_parts(connection: socket.socket, key: str, target: memoryview) -> None:
@@ -419,6 +441,7 @@ class StoreDoor(RemoteDoor["StorePeer"]):
                     self._orders.clear()
 
     def _send_on(self, connection: Any) -> None:
+        apart = hands_on(connection)
         while True:
             with self._news:
                 self._news.wait_for(lambda: self._orders or self._closed)
@@ -437,7 +460,7 @@ class StoreDoor(RemoteDoor["StorePeer"]):
                         )
                         continue
                     self._sources.setdefault(peer.id, []).append(record.number)
-                    write_parts(raw(connection), self._key("s", peer.id, record.number), content)
+                    write_parts(raw(connection), self._key("s", peer.id, record.number), content, apart=apart)
                     content = b""
                 by_worker.setdefault(peer.id, []).append(record.pack() + bytes(content))
             for worker_id, items in by_worker.items():
@@ -655,6 +678,7 @@ class StoreLink(RemoteLink):
             for _ in range(3):
                 self._opened.append(connector.connection())
             self._out, self._in, self._data = self._opened
+            self._apart = hands_on(self._data)
             hello = HELLO.pack(entry["token"], process, os.getpid(), job_id.encode()[:128], host)
             begun = time.monotonic()
             while not self._push(hello):
@@ -735,7 +759,7 @@ class StoreLink(RemoteLink):
             raise EOFError("the trainer has gone.")
         begun, key = time.perf_counter(), f"{self._prefix}:d:{self._id.decode()}:{frame.lease}"
         with as_broken():
-            write_parts(raw(self._data), key, body)
+            write_parts(raw(self._data), key, body, apart=self._apart)
         seconds = time.perf_counter() - begun
         try:
             self._tell(frame)

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import redis
 import test_actor_pool
 import trustme
 from hypothesis import given, settings
@@ -231,6 +232,46 @@ class TestBudget:
                 assert not stored(bench.mlq)
 
 
+def test_parts_are_kept_out_of_the_file_of_a_store_that_writes_one(mlq):
+    def written():
+        return mlq.client.info("persistence")["aof_current_size"]
+
+    if not mlq.client.info("persistence")["aof_enabled"]:
+        pytest.skip("the store of these tests writes no file")
+    key, body, found = f"{mlq.store.root}:batches:parts", bytes(2_000_000), {}
+    with contextlib.closing(Redis(mlq.store.connector)) as connection:
+        assert through_store.hands_on(connection.connection)
+    for apart in (True, False):
+        with contextlib.closing(Redis(mlq.store.connector)) as connection:
+            before = written()
+            through_store.write_parts(connection.socket, key, body, apart=apart)
+            target = bytearray(len(body))
+            through_store.read_parts(connection.socket, key, memoryview(target))
+            assert body == bytes(target)
+            found[apart] = written() - before
+    assert found[True] < 10_000
+    assert found[False] > len(body)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("aof_enabled:0\r\nconnected_slaves:0\r\n", False),
+        ("aof_enabled:1\r\nconnected_slaves:0\r\n", True),
+        ("aof_enabled:0\r\nconnected_slaves:1\r\n", True),
+        ("redis_version:7.0.0\r\n", True),
+        (redis.exceptions.NoPermissionError("this user has no permissions to run the 'info' command"), True),
+    ],
+)
+def test_a_store_hands_on_what_it_is_given_to_its_file_or_replicas(told, expected):
+    connection = mock.Mock()
+    if isinstance(told, str):
+        connection.read_response.return_value = told.encode()
+    else:
+        connection.read_response.side_effect = told
+    assert expected is through_store.hands_on(connection)
+
+
 class Redis:
     """A connection of a test's own."""
 
@@ -346,6 +387,27 @@ class TestWays:
             work_once(link, sent)
             np.testing.assert_array_equal(sent, next(batches)[0])
             link.close()
+
+
+def test_worker_processes_and_a_trainer_speak_tls(tmp_path, server):
+    secured = Bench(tmp_path, server, **LOOPBACK, **certificates(tmp_path))
+    try:
+        secured.work(processes=1, queues=["batches"])
+        with secured.pool(workers=1) as pool:
+            # Who has a CA, as these workers have, speaks to no trainer without TLS.
+            assert pool._crew.desk.listener.address["tcp"]["tls"]
+            for kind, rows in (("wide", 200), ("arrays", 50)):  # of 8 MB, and small ones
+                ds = (
+                    secured.module.wide(rows=400, columns=5000)
+                    if kind == "wide"
+                    else secured.module.any_source(kind=kind)
+                )
+                expected = list(ds.batch_iterator(rows, shuffle=3))
+                assert_same(expected, list(pool.parallel_data_source(ds, 3).batch_iterator(rows, shuffle=3)))
+            assert pool.stats().transport == "TCP"
+            assert 0 == pool.stats().here
+    finally:
+        secured.close()
 
 
 def next_lease(link):
