@@ -222,7 +222,7 @@ def idle(client: Any) -> Figures:
 
 def through_the_store(client: Any, settings: Any, gigabytes: float) -> Figures:
     """Batches as a worker stores and a trainer fetches them, one after the other; without the pool around them."""
-    from mlqueue.batch.through_store import PART, hands_on, raw, read_parts, write_parts
+    from mlqueue.batch.parts import PART, hands_on, raw, read_parts, write_parts
     from mlqueue.store.connection import Connector
 
     content, slot = memoryview(os.urandom(BATCH)), memoryview(bytearray(BATCH))

@@ -31,7 +31,7 @@ from test_actor_pool import KEY, NEEDS_SEED, Bench
 from test_work_pool import assert_same
 
 from mlqueue import Settings
-from mlqueue.batch import compression, links, remote, tcp, through_store, ways
+from mlqueue.batch import compression, links, parts, remote, tcp, through_store, ways
 from mlqueue.batch.actor_pool import ActorPool
 from mlqueue.batch.channel import WAKE, Channel
 from mlqueue.batch.compression import LZ4, RAW, ZSTD, Compression
@@ -212,23 +212,23 @@ class TestBudget:
             next(batches)
         assert_same(next(ds.batch_iterator(20)), next(pool.parallel_data_source(ds, 3).batch_iterator(20)))
 
-    @pytest.mark.parametrize("size", [0, 1, through_store.PART, through_store.PART + 1, 3_000_000])
+    @pytest.mark.parametrize("size", [0, 1, parts.PART, parts.PART + 1, 3_000_000])
     def test_parts_arrive_and_are_deleted(self, bench, size):
         connector, key = bench.mlq.store.connector, f"{bench.mlq.store.root}:batches:parts"
         body, target = random.Random(size).randbytes(size), bytearray(size)
         with contextlib.closing(Redis(connector)) as out, contextlib.closing(Redis(connector)) as back:
-            through_store.write_parts(out.socket, key, body)
+            parts.write_parts(out.socket, key, body)
             assert all(bench.mlq.client.pttl(name) > 0 for name in stored(bench.mlq))
-            through_store.read_parts(back.socket, key, memoryview(target))
+            parts.read_parts(back.socket, key, memoryview(target))
             assert bytes(target) == body
             assert not stored(bench.mlq)
             if size:
-                with pytest.raises(through_store.GoneError):
-                    through_store.read_parts(back.socket, key, memoryview(target))
-                through_store.write_parts(out.socket, key, body + b"x")
-                with pytest.raises((remote.Hostile, through_store.GoneError)):
-                    through_store.read_parts(back.socket, key, memoryview(bytearray(size + through_store.PART)))
-                through_store.delete_parts(out.connection, key)
+                with pytest.raises(parts.GoneError):
+                    parts.read_parts(back.socket, key, memoryview(target))
+                parts.write_parts(out.socket, key, body + b"x")
+                with pytest.raises((remote.Hostile, parts.GoneError)):
+                    parts.read_parts(back.socket, key, memoryview(bytearray(size + parts.PART)))
+                parts.delete_parts(out.connection, key)
                 assert not stored(bench.mlq)
 
 
@@ -240,13 +240,13 @@ def test_parts_are_kept_out_of_the_file_of_a_store_that_writes_one(mlq):
         pytest.skip("the store of these tests writes no file")
     key, body, found = f"{mlq.store.root}:batches:parts", bytes(2_000_000), {}
     with contextlib.closing(Redis(mlq.store.connector)) as connection:
-        assert through_store.hands_on(connection.connection)
+        assert parts.hands_on(connection.connection)
     for apart in (True, False):
         with contextlib.closing(Redis(mlq.store.connector)) as connection:
             before = written()
-            through_store.write_parts(connection.socket, key, body, apart=apart)
+            parts.write_parts(connection.socket, key, body, apart=apart)
             target = bytearray(len(body))
-            through_store.read_parts(connection.socket, key, memoryview(target))
+            parts.read_parts(connection.socket, key, memoryview(target))
             assert body == bytes(target)
             found[apart] = written() - before
     assert found[True] < 10_000
@@ -269,7 +269,7 @@ def test_a_store_hands_on_what_it_is_given_to_its_file_or_replicas(told, expecte
         connection.read_response.return_value = told.encode()
     else:
         connection.read_response.side_effect = told
-    assert expected is through_store.hands_on(connection)
+    assert expected is parts.hands_on(connection)
 
 
 class Redis:
@@ -277,7 +277,7 @@ class Redis:
 
     def __init__(self, connector):
         self.connection = connector.connection()
-        self.socket = through_store.raw(self.connection)
+        self.socket = parts.raw(self.connection)
 
     def close(self):
         self.connection.disconnect()
@@ -626,7 +626,7 @@ class TestCompression:
 def test_a_store_that_takes_no_more_says_so(mlq):
     connection = Redis(mlq.store.connector)
     with contextlib.closing(connection), pytest.raises(StoreError, match="the store takes no batch"):
-        through_store.write_parts(connection.socket, "k", b"x", ttl=-1)
+        parts.write_parts(connection.socket, "k", b"x", ttl=-1)
 
 
 def test_a_channel_carries_any_sizes_both_ways_at_once():
