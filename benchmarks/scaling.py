@@ -37,10 +37,10 @@ import numpy as np
 import redis
 
 from benchmarks.queue import server, used_memory_of_an_empty_server, workers
+from mlqueue import Settings
 
 #: The bytes of a batch: 64 images of 224 x 224 pixels, 3 channels, 8 bits.
 BATCH = 64 * 3 * 224 * 224
-CHUNK = 1 << 20
 #: What scripts send to themselves counts among the commands that the server has processed; these only clients send.
 CALLS = ("evalsha", "eval", "blpop", "brpop", "fcall", "ping", "get", "set", "getdel", "hgetall", "hget", "zcard")
 
@@ -220,26 +220,29 @@ def idle(client: Any) -> Figures:
 # --- batches ---
 
 
-def through_the_store(client: Any, url: str, gigabytes: float) -> Figures:
-    """Batches as raw chunks of the store, set with an expiry and taken out again; what no transport over it can beat
-    by much with redis-py."""
-    chunks, count = [os.urandom(CHUNK) for _ in range(BATCH // CHUNK)], int(gigabytes * 1e9 / BATCH)
-    raw = redis.Redis.from_url(url)
-    meter, own = Meter(client), time.process_time()
-    for _ in range(count):
-        with raw.pipeline(transaction=False) as pipe:
-            for number, chunk in enumerate(chunks):
-                pipe.set(f"batch:{number}", chunk, ex=60)
-            pipe.execute()
-        with raw.pipeline(transaction=False) as pipe:
-            for number in range(len(chunks)):
-                pipe.getdel(f"batch:{number}")
-            pipe.execute()
-    found, moved = meter.read(), count * len(chunks) * CHUNK
+def through_the_store(client: Any, settings: Any, gigabytes: float) -> Figures:
+    """Batches as a worker stores and a trainer fetches them, one after the other; without the pool around them."""
+    from mlqueue.batch.parts import PART, hands_on, raw, read_parts, write_parts
+    from mlqueue.store.connection import Connector
+
+    content, slot = memoryview(os.urandom(BATCH)), memoryview(bytearray(BATCH))
+    count = int(gigabytes * 1e9 / BATCH)
+    with contextlib.closing(Connector(settings)) as connector:
+        out, back = connector.connection(), connector.connection()
+        apart = hands_on(out)
+        meter, own = Meter(client), time.process_time()
+        for _ in range(count):
+            write_parts(raw(out), "batch", content, apart=apart)
+            read_parts(raw(back), "batch", slot)
+        found, moved = meter.read(), count * BATCH
+        own = time.process_time() - own
+        out.disconnect()
+        back.disconnect()
     return {
         "store: GB a second": moved / found["seconds"] / 1e9,
         "store: server, s a GB": found["server"] / moved * 1e9,
-        "store: clients, s a GB": (time.process_time() - own) / moved * 1e9,
+        "store: clients, s a GB": own / moved * 1e9,
+        "store: calls a GB": 2 * -(-BATCH // PART) * count / moved * 1e9,
     }
 
 
@@ -377,7 +380,9 @@ def main() -> None:
         found = rounds(lambda: jobs(client, options.jobs), options.rounds)
         found |= rounds(lambda: full(client, options.jobs), options.rounds)
         found |= idle(client)
-        found |= rounds(lambda: through_the_store(client, url, options.gigabytes), options.rounds)
+        found |= rounds(
+            lambda: through_the_store(client, Settings.load({}, url=url), options.gigabytes), options.rounds
+        )
         found |= rounds(lambda: over_tcp(options.gigabytes), options.rounds)
         found |= rounds(lambda: in_shared_memory(client, options.gigabytes), 1)
     found |= spread(1000, 4)

@@ -125,6 +125,7 @@ BATCHES_ON_THE_QUEUE = {
         "ways",
         "remote",
         "tcp",
+        "parts",
         "through_store",
     )
 }

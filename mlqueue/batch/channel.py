@@ -1,5 +1,8 @@
 """Connections between hosts: bytes in, bytes out, straight from and into memory, with or without TLS.
 
+Where the system can, what is sent is not copied at all: its pages are lent to the connection (:meth:`Channel.lend`).
+What is received is copied once, into the memory that it is for.
+
 One thread may read from a :class:`Channel` while another writes to it. OpenSSL's connections are not for two threads at
 a time; with TLS each call is therefore one that does not wait, under a lock, and the waiting is done outside.
 """
@@ -8,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import select
 import socket
 import ssl
 import struct
+import sys
 import termios
 import threading
 import time
@@ -21,6 +26,9 @@ __all__ = ["Channel"]
 
 #: How many bytes are asked for at once. Many, since each call has to wait for Python's global lock when it returns.
 PIECE: Final = 1 << 22
+#: Who waits for much is woken when there are so many bytes, not at each packet: waking takes the sender, in whose time
+#: packets of the same host arrive, longer than copying them.
+WAKE: Final = 1 << 18
 #: How many bytes are read ahead of what was asked for.
 AHEAD: Final = 4096
 #: How long what was sent may stay unacknowledged, until the connection counts as broken; in seconds.
@@ -36,6 +44,9 @@ class Channel:
         self._tls = isinstance(connection, ssl.SSLSocket)
         self._lock = threading.Lock()  # of the TLS connection
         self._ahead = memoryview(b"")
+        self._woken_at = 1
+        #: Whether :meth:`lend` can be used.
+        self.lends = sys.platform == "linux" and not self._tls
         self._deadline = None if timeout is None else time.monotonic() + timeout
         tune(connection)
         connection.settimeout(0.0 if self._tls else timeout)
@@ -62,8 +73,19 @@ class Channel:
             if len(left) < AHEAD:
                 self._read_ahead(AHEAD)
                 done += self._take_ahead(left)
+            elif self._wake_later(len(left)):
+                done += self._receive(left[: min(PIECE, len(left) - WAKE)], wait_all=True)
             else:
                 done += self._receive(left[:PIECE], wait_all=True)
+
+    def _wake_later(self, left: int) -> bool:
+        """Have the system wake us when there is much, unless little is left, for which we would wait in vain."""
+        later = left > 2 * WAKE and sys.platform == "linux" and not self._tls
+        least = WAKE if later else 1
+        if least != self._woken_at:
+            self._woken_at = least
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+        return later
 
     def _take_ahead(self, target: memoryview) -> int:
         size = min(len(self._ahead), len(target))
@@ -112,6 +134,22 @@ class Channel:
                     done += self.socket.send(view[done : done + 65536])
             except IDLE as error:
                 self._wait(error)
+
+    def lend(self, head: Any, fd: int, place: int, size: int) -> None:
+        """Send `head`, and `size` bytes of a file of memory behind it, from `place` on. Raises OSError when the
+        connection breaks.
+
+        They are not copied, and may not be written to before the other side has said that it has received them: that
+        it has acknowledged them is not enough, since on the same host its system reads the same pages. Only where
+        :attr:`lends` is true.
+        """
+        self._send_all(memoryview(head).cast("B"), more=True)
+        end = place + size
+        while place < end:
+            sent = os.sendfile(self.socket.fileno(), fd, place, end - place)
+            if not sent:
+                raise OSError(f"a file of memory ends at byte {place:,}, not {end:,}.")
+            place += sent
 
     def write_now(self, view: memoryview) -> int:
         """Send what can be sent without waiting; how many bytes."""

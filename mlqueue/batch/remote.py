@@ -39,14 +39,15 @@ __all__ = ["FRAME", "ORDER", "Frame", "Hostile", "OrderRecord", "RemoteDoor", "R
 
 logger = logging.getLogger("mlqueue.batches")
 
-#: From a worker: kind, how the body is packed, lease, slot, place and length of the description, nanoseconds, and the
-#: bytes of the body as they come.
-FRAME: Final = struct.Struct("<BB6xQQQQQQ")
+#: From a worker: kind, how the body is packed, whether its memory is lent; lease, slot, place and length of the
+#: description, nanoseconds, and the bytes of the body as they come.
+FRAME: Final = struct.Struct("<BB?5xQQQQQQ")
 #: To a worker: kind; number, slot, place, length and how, as in `links.Order`; the bytes that follow.
 ORDER: Final = struct.Struct("<B7xQQQQQQ")
 
-#: More orders: a lease is called off; so many bytes may be stored for it; that leave is taken back.
-CALLED_OFF, GRANT, TAKEN_BACK = 8, 9, 10
+#: More orders: a lease is called off; so many bytes may be stored for it; that leave is taken back; its batch, whose
+#: memory was lent, has been received.
+CALLED_OFF, GRANT, TAKEN_BACK, RECEIVED = 8, 9, 10, 20
 #: More frames: which lease is being prepared (0: none), and how many bytes one would take in the store.
 PREPARING, ASK = 17, 18
 #: The last frame, where its connections do not say so.
@@ -73,6 +74,8 @@ class Frame(NamedTuple):
 
     kind: int
     codec: int = 0
+    #: Whether the worker leaves the memory of the body as it is, until it is told that it has been received.
+    lent: bool = False
     lease: int = 0
     slot: int = 0
     place: int = 0
@@ -372,7 +375,9 @@ class RemoteLink(Link):
         self._free: list[SlotWriter] = []
         self._using: dict[int, SlotWriter] = {}
         self._made = 0
-        self._unsent: deque[tuple[Frame, SlotWriter | None]] = deque()
+        self._unsent: deque[tuple[Frame, SlotWriter]] = deque()
+        #: By lease: those whose memory is still being read, though it was sent.
+        self._lent: dict[int, SlotWriter] = {}
         self._sending = False
         self._broken: BaseException | None = None
         self._closing = False
@@ -400,6 +405,15 @@ class RemoteLink(Link):
     @abstractmethod
     def _send(self, frame: Frame, body: Any, *, measure: bool) -> float:
         """Send a frame with its body; how many seconds it took to arrive, where that is to be measured."""
+
+    def _may_lend(self, size: int) -> bool:
+        """Whether a body of so many bytes is to be sent by :meth:`_lend`."""
+        return False
+
+    def _lend(self, frame: Frame, segment: Segment, *, measure: bool) -> float:
+        """As :meth:`_send`, for the body behind the header of a segment, which stays as it is until the trainer says
+        that it has received it."""
+        raise NotImplementedError
 
     def _part(self) -> None:
         """Say that nothing more comes, where the end of the connections does not."""
@@ -443,7 +457,7 @@ class RemoteLink(Link):
         return writer
 
     def deliver(self, kind: int, order: Order, place: int = 0, length: int = 0, nanoseconds: int = 0) -> None:
-        frame = Frame(kind, 0, order.number, order.slot, place, length, nanoseconds)
+        frame = Frame(kind, lease=order.number, slot=order.slot, place=place, length=length, nanoseconds=nanoseconds)
         if kind == links.SKIPPED:
             self._tell(frame)
             return
@@ -461,7 +475,7 @@ class RemoteLink(Link):
         """Wait until what was prepared is sent, unless the trainer has gone; and let go."""
         deadline = time.monotonic() + FLUSH
         with self._news:
-            while (self._unsent or self._sending) and not self._broken and time.monotonic() < deadline:
+            while (self._unsent or self._sending or self._lent) and not self._broken and time.monotonic() < deadline:
                 self._news.wait(0.2)
                 with contextlib.suppress(OSError):
                     self._tell(Frame(links.BEAT))
@@ -473,10 +487,12 @@ class RemoteLink(Link):
         self._cut()
         for thread in self._threads:
             thread.join()
-        for writer in [*self._free, *self._using.values(), *(writer for _, writer in self._unsent if writer)]:
+        unsent = [writer for _, writer in self._unsent]
+        for writer in [*self._free, *self._using.values(), *self._lent.values(), *unsent]:
             writer.segment.close()
         self._free.clear()
         self._using.clear()
+        self._lent.clear()
         self._unsent.clear()
         while self._orders:
             order = self._orders.popleft()
@@ -513,6 +529,9 @@ class RemoteLink(Link):
             if record.number not in self._requests:
                 self._called_off.discard(record.number)  # it was begun already
             return
+        if record.kind == RECEIVED:
+            self._give_back(record.number)
+            return
         if record.kind == links.LEASE:
             self._requests[record.number] = bytes(content)
         elif record.kind == links.SOURCE:
@@ -529,29 +548,38 @@ class RemoteLink(Link):
                         return
                     frame, writer = self._unsent.popleft()
                     self._sending = True
-                assert writer is not None
+                    self._lent[frame.lease] = writer
+                lent = False
                 try:
-                    self._send_body(frame, writer)
+                    lent = self._send_body(frame, writer)
                 finally:
                     with self._news:
                         self._sending = False
-                        self._free.append(writer)
+                        if not lent:
+                            self._give_back(frame.lease)
                         self._news.notify_all()
         except BaseException as error:  # noqa: BLE001 - whoever waits is told
             self._break(error)
 
-    def _send_body(self, frame: Frame, writer: SlotWriter) -> None:
+    def _give_back(self, lease: int) -> None:
+        """The memory of a batch that was sent can be used for another."""
+        writer = self._lent.pop(lease, None)
+        if writer is not None:
+            self._free.append(writer)
+
+    def _send_body(self, frame: Frame, writer: SlotWriter) -> bool:
+        """Whether its memory is lent, until the trainer says that it has been received."""
         try:
-            self._send_whole(frame, writer)
+            return self._send_whole(frame, writer)
         except TransportError as error:
             # It is for whoever waits for the batch: no other worker can do better.
             described = worker.describe_error(error)
             del described["pickled"]
             writer.begin()
             place, length = writer.write(described)
-            self._send_whole(frame._replace(kind=links.FAILED, place=place, length=length), writer)
+            return self._send_whole(frame._replace(kind=links.FAILED, place=place, length=length), writer)
 
-    def _send_whole(self, frame: Frame, writer: SlotWriter) -> None:
+    def _send_whole(self, frame: Frame, writer: SlotWriter) -> bool:
         body = memoryview(writer.segment.memory)[HEADER_BYTES : frame.place + frame.length]
         if len(body) > self._limit or frame.length > MAX_DESCRIPTION:
             raise TransportError(
@@ -560,9 +588,15 @@ class RemoteLink(Link):
             )
         measure = self._compression.is_probing(len(body))
         codec, packed = self._compression.pack(body)
-        seconds = self._send(frame._replace(codec=codec, size=len(packed)), packed, measure=measure)
+        lent = packed is body and self._may_lend(len(body))
+        frame = frame._replace(codec=codec, lent=lent, size=len(packed))
+        if lent:
+            seconds = self._lend(frame, writer.segment, measure=measure)
+        else:
+            seconds = self._send(frame, packed, measure=measure)
         if measure:
             self._compression.note(body, seconds)
+        return lent
 
 
 def source_segment(record: OrderRecord, read_into: Callable[[memoryview], None]) -> Segment:

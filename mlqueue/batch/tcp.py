@@ -36,6 +36,7 @@ from mlqueue.batch.remote import (
     MAX_REQUEST,
     MAX_SOURCE,
     ORDER,
+    RECEIVED,
     WITH_BODY,
     Frame,
     Hostile,
@@ -47,6 +48,7 @@ from mlqueue.batch.remote import (
     readable,
     source_segment,
 )
+from mlqueue.batch.transport import HEADER_BYTES, Segment
 from mlqueue.errors import SignatureInvalid
 from mlqueue.settings import Settings
 from mlqueue.signing import SIZE, Keyring
@@ -68,6 +70,8 @@ WELCOME, STRANGER = 1, 2
 
 #: How long both may take to prove who they are, in seconds.
 HANDSHAKE: Final = 5.0
+#: Batches of fewer bytes are copied on their way: that takes less time than to wait for word that they have arrived.
+LENT: Final = 1 << 18
 #: How long connecting may take, in seconds.
 CONNECT: Final = 3.0
 #: How many that have connected may be proving who they are at a time; further ones are let go at once.
@@ -162,6 +166,7 @@ class TcpDoor(RemoteDoor["TcpPeer"]):
                 "tls": self._tls is not None,
                 "codecs": readable(),
                 "limit": self._limit,
+                "lent": True,
             }
         }
 
@@ -327,6 +332,8 @@ class TcpPeer(RemotePeer):
             if frame.kind not in WITH_BODY:
                 raise Hostile(f"a worker on {self.host} has sent a frame of kind {frame.kind}; it is cut off.")
             self.receive(frame, self._data.read_into, self._throw_away)
+            if frame.lent:
+                self._order(OrderRecord(RECEIVED, frame.lease))
 
     def _throw_away(self, size: int) -> None:
         scratch = memoryview(bytearray(min(size, 1 << 20)))
@@ -449,6 +456,7 @@ class TcpLink(RemoteLink):
                 channel.close()
             raise
         self._control, self._data = opened
+        self._lends = bool(entry.get("lent")) and self._data.lends
         self._telling = threading.Lock()
         self._start()
 
@@ -467,6 +475,18 @@ class TcpLink(RemoteLink):
     def _send(self, frame: Frame, body: Any, *, measure: bool) -> float:
         begun = time.perf_counter()
         self._data.write(frame.pack(), body)
+        return self._seconds(begun, measure)
+
+    def _may_lend(self, size: int) -> bool:
+        return self._lends and size >= LENT
+
+    def _lend(self, frame: Frame, segment: Segment, *, measure: bool) -> float:
+        begun = time.perf_counter()
+        self._data.lend(frame.pack(), segment.fd, HEADER_BYTES, frame.size)
+        return self._seconds(begun, measure)
+
+    def _seconds(self, begun: float, measure: bool) -> float:
+        """How long sending has taken, with the way to the other side where that is to be measured."""
         while measure and self._data.unsent() and time.perf_counter() - begun < 1.0:
             time.sleep(0.0002)
         return time.perf_counter() - begun

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import redis
 import test_actor_pool
 import trustme
 from hypothesis import given, settings
@@ -30,12 +31,12 @@ from test_actor_pool import KEY, NEEDS_SEED, Bench
 from test_work_pool import assert_same
 
 from mlqueue import Settings
-from mlqueue.batch import compression, links, remote, tcp, through_store, ways
+from mlqueue.batch import compression, links, parts, remote, tcp, through_store, ways
 from mlqueue.batch.actor_pool import ActorPool
-from mlqueue.batch.channel import Channel
+from mlqueue.batch.channel import WAKE, Channel
 from mlqueue.batch.compression import LZ4, RAW, ZSTD, Compression
 from mlqueue.batch.data_source import ArrayDataSource
-from mlqueue.batch.transport import HEADER_BYTES, TransportError, read_description
+from mlqueue.batch.transport import HEADER_BYTES, Segment, TransportError, read_description
 from mlqueue.batch.work_pool import WorkerDied, WorkerError
 from mlqueue.errors import StoreError
 from mlqueue.signing import Keyring
@@ -211,24 +212,64 @@ class TestBudget:
             next(batches)
         assert_same(next(ds.batch_iterator(20)), next(pool.parallel_data_source(ds, 3).batch_iterator(20)))
 
-    @pytest.mark.parametrize("size", [0, 1, through_store.PART, through_store.PART + 1, 3_000_000])
+    @pytest.mark.parametrize("size", [0, 1, parts.PART, parts.PART + 1, 3_000_000])
     def test_parts_arrive_and_are_deleted(self, bench, size):
         connector, key = bench.mlq.store.connector, f"{bench.mlq.store.root}:batches:parts"
         body, target = random.Random(size).randbytes(size), bytearray(size)
         with contextlib.closing(Redis(connector)) as out, contextlib.closing(Redis(connector)) as back:
-            through_store.write_parts(out.socket, key, body)
+            parts.write_parts(out.socket, key, body)
             assert all(bench.mlq.client.pttl(name) > 0 for name in stored(bench.mlq))
-            through_store.read_parts(back.socket, key, memoryview(target))
+            parts.read_parts(back.socket, key, memoryview(target))
             assert bytes(target) == body
             assert not stored(bench.mlq)
             if size:
-                with pytest.raises(through_store.GoneError):
-                    through_store.read_parts(back.socket, key, memoryview(target))
-                through_store.write_parts(out.socket, key, body + b"x")
-                with pytest.raises((remote.Hostile, through_store.GoneError)):
-                    through_store.read_parts(back.socket, key, memoryview(bytearray(size + through_store.PART)))
-                through_store.delete_parts(out.connection, key)
+                with pytest.raises(parts.GoneError):
+                    parts.read_parts(back.socket, key, memoryview(target))
+                parts.write_parts(out.socket, key, body + b"x")
+                with pytest.raises((remote.Hostile, parts.GoneError)):
+                    parts.read_parts(back.socket, key, memoryview(bytearray(size + parts.PART)))
+                parts.delete_parts(out.connection, key)
                 assert not stored(bench.mlq)
+
+
+def test_parts_are_kept_out_of_the_file_of_a_store_that_writes_one(mlq):
+    def written():
+        return mlq.client.info("persistence")["aof_current_size"]
+
+    if not mlq.client.info("persistence")["aof_enabled"]:
+        pytest.skip("the store of these tests writes no file")
+    key, body, found = f"{mlq.store.root}:batches:parts", bytes(2_000_000), {}
+    with contextlib.closing(Redis(mlq.store.connector)) as connection:
+        assert parts.hands_on(connection.connection)
+    for apart in (True, False):
+        with contextlib.closing(Redis(mlq.store.connector)) as connection:
+            before = written()
+            parts.write_parts(connection.socket, key, body, apart=apart)
+            target = bytearray(len(body))
+            parts.read_parts(connection.socket, key, memoryview(target))
+            assert body == bytes(target)
+            found[apart] = written() - before
+    assert found[True] < 10_000
+    assert found[False] > len(body)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("aof_enabled:0\r\nconnected_slaves:0\r\n", False),
+        ("aof_enabled:1\r\nconnected_slaves:0\r\n", True),
+        ("aof_enabled:0\r\nconnected_slaves:1\r\n", True),
+        ("redis_version:7.0.0\r\n", True),
+        (redis.exceptions.NoPermissionError("this user has no permissions to run the 'info' command"), True),
+    ],
+)
+def test_a_store_hands_on_what_it_is_given_to_its_file_or_replicas(told, expected):
+    connection = mock.Mock()
+    if isinstance(told, str):
+        connection.read_response.return_value = told.encode()
+    else:
+        connection.read_response.side_effect = told
+    assert expected is parts.hands_on(connection)
 
 
 class Redis:
@@ -236,7 +277,7 @@ class Redis:
 
     def __init__(self, connector):
         self.connection = connector.connection()
-        self.socket = through_store.raw(self.connection)
+        self.socket = parts.raw(self.connection)
 
     def close(self):
         self.connection.disconnect()
@@ -348,14 +389,41 @@ class TestWays:
             link.close()
 
 
-def work_once(link, array):
-    """Takes a lease, and answers it with this array."""
+def test_worker_processes_and_a_trainer_speak_tls(tmp_path, server):
+    secured = Bench(tmp_path, server, **LOOPBACK, **certificates(tmp_path))
+    try:
+        secured.work(processes=1, queues=["batches"])
+        with secured.pool(workers=1) as pool:
+            # Who has a CA, as these workers have, speaks to no trainer without TLS.
+            assert pool._crew.desk.listener.address["tcp"]["tls"]
+            for kind, rows in (("wide", 200), ("arrays", 50)):  # of 8 MB, and small ones
+                ds = (
+                    secured.module.wide(rows=400, columns=5000)
+                    if kind == "wide"
+                    else secured.module.any_source(kind=kind)
+                )
+                expected = list(ds.batch_iterator(rows, shuffle=3))
+                assert_same(expected, list(pool.parallel_data_source(ds, 3).batch_iterator(rows, shuffle=3)))
+            assert pool.stats().transport == "TCP"
+            assert 0 == pool.stats().here
+    finally:
+        secured.close()
+
+
+def next_lease(link):
+    """Takes a lease."""
     while True:
         order = eventually(lambda: link.receive(0.1))
         if order.kind == links.LEASE:
             break
         os.close(order.fd)
     assert link.claim(order)
+    return order
+
+
+def work_once(link, array):
+    """Takes a lease, and answers it with this array."""
+    order = next_lease(link)
     link.deliver(links.DONE, order, *link.place(order).write((array,)), 1000)
 
 
@@ -386,7 +454,7 @@ class Liar:
         text = description if isinstance(description, bytes) else json.dumps(description).encode()
         body = arrays + text
         frame = remote.Frame(
-            links.DONE, 0, record.number, record.slot, HEADER_BYTES + len(arrays), len(text), 1000, len(body)
+            links.DONE, 0, False, record.number, record.slot, HEADER_BYTES + len(arrays), len(text), 1000, len(body)
         )
         self.data.write(frame._replace(**fields).pack(), body)
 
@@ -558,7 +626,7 @@ class TestCompression:
 def test_a_store_that_takes_no_more_says_so(mlq):
     connection = Redis(mlq.store.connector)
     with contextlib.closing(connection), pytest.raises(StoreError, match="the store takes no batch"):
-        through_store.write_parts(connection.socket, "k", b"x", ttl=-1)
+        parts.write_parts(connection.socket, "k", b"x", ttl=-1)
 
 
 def test_a_channel_carries_any_sizes_both_ways_at_once():
@@ -581,6 +649,128 @@ def test_a_channel_carries_any_sizes_both_ways_at_once():
         other.read(1)
     assert time.monotonic() - begun < 1
     other.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is lent on Linux only")
+class TestLending:
+    """Batches whose memory is lent to the connection, instead of copied."""
+
+    @pytest.fixture
+    def ends(self):
+        one, other = (Channel(end) for end in tcp_pair())
+        yield one, other
+        one.close()
+        other.close()
+
+    def test_what_is_lent_arrives_between_what_is_written(self, ends):
+        one, other = ends
+        sizes, chance = [1, 4096, 70_001, WAKE, 2 * WAKE + 1, 9_633_792], random.Random(3)
+        segments = [Segment.create(HEADER_BYTES + size) for size in sizes]
+        bodies = [chance.randbytes(size) for size in sizes]
+        for segment, body in zip(segments, bodies, strict=True):
+            segment.memory[HEADER_BYTES : HEADER_BYTES + len(body)] = body
+
+        def send():
+            for segment, body in zip(segments, bodies, strict=True):
+                one.lend(b"head", segment.fd, HEADER_BYTES, len(body))
+                one.write(b"tail", body[:999])
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        for body in bodies:
+            target = bytearray(len(body))
+            assert b"head" == other.read(4)
+            other.read_into(memoryview(target))
+            assert body == bytes(target)
+            assert b"tail" + body[:999] == other.read(4 + len(body[:999]))
+        sender.join()
+        for segment in segments:
+            segment.close()
+
+    def test_who_waits_for_much_gets_what_comes_in_small_pieces_and_notices_the_end(self, ends):
+        one, other = ends
+        body = random.Random(4).randbytes(3 * WAKE + 5)
+
+        def trickle():
+            for at in range(0, len(body), 50_000):
+                one.write(body[at : at + 50_000])
+            one.write(body[: 2 * WAKE])
+            one.shut()
+
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        target = bytearray(len(body))
+        other.read_into(memoryview(target))
+        assert body == bytes(target)
+        with pytest.raises((EOFError, OSError)):
+            other.read_into(memoryview(bytearray(len(body))))
+        sender.join()
+
+    def test_a_file_that_is_too_short_and_a_connection_that_breaks_are_errors(self, ends):
+        one, other = ends
+        segment = Segment.create(1000)
+        with pytest.raises(OSError, match="a file of memory ends at byte 1,000, not 1,064"):
+            one.lend(b"head", segment.fd, HEADER_BYTES, 1000)
+        other.close()
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):  # noqa: PT012 - the first may still be taken
+            for _ in range(3):
+                one.lend(b"head", segment.fd, 0, 1000)
+                other.socket.close()
+        segment.close()
+
+    def test_memory_is_written_to_again_only_when_the_trainer_has_received_it(self, trainer, monkeypatch):
+        """As long as the trainer does not read, its system has the worker's own pages."""
+        monkeypatch.setattr(remote, "MOST_UNSENT", 2)
+        monkeypatch.setattr(tcp, "LENT", 1)  # what is sent has to be small, to be sent while nobody receives it
+        with ActorPool(trainer, "nobody", workers=1) as pool:
+            link = tcp.TcpLink(pool._crew.desk.listener.address["tcp"], "a job", trainer.settings)
+            batches = pool.parallel_data_source(arrays(), 2).batch_iterator(50)
+            peer = eventually(lambda: [place.peer for place in pool._crew.desk.places.values()])[0]
+            may_receive, receive = threading.Event(), peer.receive
+
+            def when_told(*args):
+                assert may_receive.wait(10)
+                receive(*args)
+
+            monkeypatch.setattr(peer, "receive", when_told)
+            chance, sent, used = np.random.default_rng(5), [], []
+            for _ in range(2):
+                order = next_lease(link)
+                sent.append(chance.integers(0, 99, 1000))
+                used.append(link.place(order))
+                array = used[-1].empty(sent[-1].shape, sent[-1].dtype)
+                array[:] = sent[-1]
+                link.deliver(links.DONE, order, *used[-1].write((array,)), 1000)
+            assert used[0] is not used[1]
+            eventually(lambda: not link._unsent and not link._sending)
+            assert [] == link._free, "all of it is sent, and none of it received"
+
+            def write_again():
+                # 8 bytes wide, as what was there
+                link.place(links.Order(links.LEASE, 1 << 40)).empty((1000,), np.int64)[:] = -1
+
+            writing = threading.Thread(target=write_again)
+            writing.start()
+            may_receive.set()
+            writing.join(10)
+            assert not writing.is_alive()
+            for one in sent:
+                np.testing.assert_array_equal(one, next(batches)[0])
+            eventually(lambda: len(link._free) == 1 and not link._lent)
+            link.close()
+
+    def test_a_trainer_that_does_not_say_that_it_has_received_gets_copies(self, trainer):
+        with ActorPool(trainer, "nobody", workers=1) as pool:
+            entry = {**pool._crew.desk.listener.address["tcp"]}
+            del entry["lent"]
+            link = tcp.TcpLink(entry, "a job", trainer.settings)
+            batches = pool.parallel_data_source(arrays(), 3).batch_iterator(10)
+            sent = np.random.default_rng(6).integers(0, 99, 100_000)
+            with mock.patch.object(link._data, "lend", side_effect=AssertionError):
+                for _ in range(2 * remote.MOST_UNSENT):
+                    work_once(link, sent)
+                    np.testing.assert_array_equal(sent, next(batches)[0])
+            link.close()
 
 
 def tcp_pair():
