@@ -264,17 +264,19 @@ class Pump:
         self._condition.notify_all()
         try:
             while self._is_paused(thread):
-                thread.paused_event.set()  # type: ignore[attr-defined]
                 if self._leader is None and not any(self._active.values()):
-                    # A pop that nobody reads would take the bell from workers that could run the job.
-                    self._hang_up()
                     unstarted = self._take_ready()
+                    self._leader = threading.get_ident()
                     self._condition.release()
                     try:
+                        self._leave_bells()
                         self.give_back(unstarted)
                         self.commit()
                     finally:
                         self._condition.acquire()
+                        self._leader = None
+                        self._condition.notify_all()
+                thread.paused_event.set()  # type: ignore[attr-defined]
                 self._condition.wait(0.05)
         finally:
             self._active[queue_name] += 1
@@ -774,6 +776,19 @@ class Pump:
         self._armed = ""
         if bell is not None:
             bell.disconnect()
+
+    def _leave_bells(self) -> None:
+        """Ends the outstanding pop, which nobody will read: it would take bells from workers that could run the job.
+        What it has taken already is rung again."""
+        if self._armed == "lanes" and self._pending is None:
+            # Hanging up alone would not do: until the server has seen that, it gives tokens to who is gone.
+            nonce = uuid.uuid4().hex
+            command = self.store.turn_command(self.worker, nonce, 0, self._armed_lanes, [], poke=True)
+            try:
+                self.store.connector.execute(*command, script=script("turn"), patience=0.0)
+            except StoreError as error:
+                logger.debug("the bells of a paused worker may be heard by nobody: %s", error)
+        self._hang_up()
 
     def _hear(self) -> None:
         """Reads the answer to the outstanding pop."""
