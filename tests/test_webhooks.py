@@ -163,8 +163,8 @@ def test_progress_is_told_at_most_once_in_its_time_and_the_latest_wins(
     assert 3 <= len(reports) <= 6
     assert reports == sorted(set(reports))
     assert of_type(hook, "progress")[-1]["data"]["progress_note"] == "step 59"
-    # Never more than one waits for its time, so none is left of those before.
-    assert {one.state for one in deliveries(mlq)} <= {State.RUNNING}
+    # Never more than one waits for its time: that of a report which came while the one before was being told.
+    assert len([one for one in deliveries(mlq) if one.state is not State.RUNNING]) <= 1
     # They are due so far apart; how long each takes on its way is not the same.
     assert (times[-1] - times[0]) / (len(times) - 1) > 0.3
 
