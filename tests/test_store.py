@@ -390,6 +390,15 @@ def test_jobs_spawned_by_a_settle_exist_with_it_or_not_at_all(store: Store) -> N
         store.record(other.id)
 
 
+def test_limits_may_come_into_use_by_what_a_settle_spawns(store: Store) -> None:
+    parent, child = submit(store), job(actor="mul", fair_by="ann")
+    hand = Hand(store)
+    held = hand.one()
+    settle = Settle.finish(parent, held.attempt, encode_result(Result()), common_of(spawned=[child]))
+    assert hand.turn(0, settle).refused == []
+    assert [store.record(job_id).state for job_id in (parent, child.id)] == [State.SUCCEEDED, State.QUEUED]
+
+
 def test_a_groups_callback_is_created_exactly_once_by_the_last_of_its_children(store: Store) -> None:
     callback = job(actor="done")
     assert store.open_group("g1", 2, 60)

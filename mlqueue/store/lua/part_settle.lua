@@ -133,8 +133,10 @@ end
 -- Settles each job on its own; answers, flat, position and text of those that did not go well.
 local function settle(first, last)
   local refused = {}
-  if limits() then
-    limited.gather_freed()
+  -- Where limits come into use meanwhile, by a job that one of these has spawned, slots are freed one by one.
+  local gathers = limits()
+  if gathers then
+    gathers.gather_freed()
   end
   for i = first, last do
     local well, answer = pcall(function() return settle_one(cmsgpack.unpack(ARGV[i])) end)
@@ -146,8 +148,8 @@ local function settle(first, last)
       refused[#refused + 1] = well and 'stale' or 'error ' .. tostring(answer)
     end
   end
-  if limited then
-    limited.write_freed()
+  if gathers then
+    gathers.write_freed()
   end
   write_ends()
   return refused
