@@ -607,16 +607,10 @@ class Recycler:
     def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Callable[[], np.ndarray]:
         """A function that gives such arrays of always the same shape and dtype, not small, without Python objects."""
         nbytes = math.prod(shape) * dtype.itemsize
-        free, in_use, take, give_back, ndarray = self._free, self._in_use, self._take, self._give_back, np.ndarray
+        in_use, take, give_back, ndarray = self._in_use, self._take, self._give_back, np.ndarray
 
         def make() -> np.ndarray:
-            try:
-                memory = free.pop()
-                if not nbytes <= len(memory) <= 2 * nbytes:
-                    free.append(memory)
-                    memory = take(nbytes)
-            except IndexError:
-                memory = take(nbytes)
+            memory = take(nbytes)
             # All arrays that are made of this one keep it alive. (Were the memory an array, they would keep that.)
             array: np.ndarray = ndarray(shape, dtype, memory)
             watch = Watch(array, give_back)

@@ -287,14 +287,13 @@ make_limits = function()
         for _, slot in ipairs(item[2]) do
           into[#into + 1] = { slot, own }
         end
-      end
-      for _, one in ipairs(lenders or {}) do
-        local well, other = runs(one)
-        if well and not back then
-          back, awaited = one, other
+      else
+        for _, one in ipairs(lenders or {}) do
+          local well, other = runs(one)
+          if well and not back then
+            back, awaited = one, other
+          end
         end
-      end
-      if lenders or not freed_of then
         for _, slot in ipairs(item[2]) do
           if call('HGET', key, slot) == own then
             if back then call('HSET', key, slot, back) else call('HDEL', key, slot) end
@@ -458,7 +457,8 @@ make_limits = function()
     table.sort(lanes, function(a, b) return a.score < b.score end)
     local kept = {}
     for _, lane in ipairs(lanes) do
-      lane.limited = grouped(lane.lane) or #made.needs(lane.actor) > 0
+      lane.turns = grouped(lane.lane)
+      lane.limited = lane.turns or #made.needs(lane.actor) > 0
       if not lane.limited or made.has_first(lane) then
         kept[#kept + 1] = lane
       end

@@ -54,7 +54,7 @@ local function heads(shelf)
   return limited and limited.startable(found) or found
 end
 
--- Takes the next job from a lane whose jobs take turns; false when none may start any more.
+-- Takes the next job from a lane whose jobs take turns; false when none may.
 local function take_turn(lane)
   local id, needs, group = limited.first(lane)
   if not id then
@@ -69,13 +69,11 @@ local function take_turn(lane)
   if group then
     limited.took(id, lane, group, #ids > before)
   end
-  local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
-  lane.score, lane.head = tonumber(head[2]) or lane.score, head[1]
-  return head[1] and limited.has_first(lane)
+  return true
 end
 
--- Takes at most `n` jobs from a lane whose jobs need slots, as long as they come before `bound`; false when none may
--- start any more.
+-- Takes at most `n` jobs from a lane whose jobs need slots, as long as they come before `bound`; false when there was one
+-- that may not start.
 local function take_limited(lane, n, bound)
   local run = call('ZRANGEBYSCORE', lane.key, '-inf', bound == math.huge and '+inf' or bound, 'WITHSCORES', 'LIMIT', 0, n)
   local before, left = #ids, {}
@@ -99,12 +97,7 @@ local function take_limited(lane, n, bound)
   if left[1] then
     call('ZREM', lane.key, unpack(left))
   end
-  if not goes_on then
-    return false
-  end
-  local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
-  lane.score, lane.head = tonumber(head[2]) or lane.score, head[1]
-  return head[1] and limited.has_first(lane)
+  return goes_on
 end
 
 -- Takes from the lanes in the order of (priority, number) over all of them.
@@ -120,7 +113,7 @@ local function take(shelf, n)
     end
     local lane = found[best]
     local goes_on = true
-    if lane.limited and string.sub(lane.lane, -1) == '@' then
+    if lane.turns then
       goes_on = take_turn(lane)
     elseif lane.limited then
       goes_on = take_limited(lane, n - #ids, bound)
@@ -136,9 +129,10 @@ local function take(shelf, n)
       end
       call('ZREM', lane.key, unpack(run))
     end
-    if not lane.limited then
+    if goes_on then
       local head = call('ZRANGE', lane.key, 0, 0, 'WITHSCORES')
-      lane.score, goes_on = tonumber(head[2]), head[1]
+      lane.score, lane.head = tonumber(head[2]) or lane.score, head[1]
+      goes_on = head[1] and (not lane.limited or limited.has_first(lane))
     end
     if not goes_on then
       table.remove(found, best)
