@@ -87,7 +87,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:park           set     names of limits that somebody waits for
   R:park:NAME      zset    who waits for a limit: "QUEUE:LANE", or "QUEUE:LANE GROUP" with the group's turn
   R:fair:g:LANE:GROUP zset  waiting jobs of a group, scored as in their shelf; LANE is QUEUE:LANE
-  R:fair:t:LANE    zset    the groups of a lane that may start a job, by their turn
+  R:fair:t:LANE    zset    the groups of a lane that may start a job, by their turn: those without a concurrency key
+  R:fair:k:LANE    zset    and those with one
   R:fair:n         hash    how many turns there were in each lane
   R:uk:ACTOR:KEY   string  the job that came with a unique key last
   R:datas          zset    the keys of such data (quoted) by the time when they expire, +inf for never

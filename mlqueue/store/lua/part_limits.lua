@@ -5,7 +5,8 @@
 -- slots back rings the lanes that are parked there. Nobody asks again meanwhile.
 --
 -- Where jobs take turns (their lane ends in "@") each value of what they are turned by, with each concurrency key, is a
--- group: a sorted set of the waiting jobs, scored as their shelf is, and a place in the ring of the lane.
+-- group: a sorted set of the waiting jobs, scored as their shelf is, and a place in a ring of the lane. Groups with a
+-- key have a ring of their own: what the others wait for together need not keep them from starting.
 
 -- For how many ms a slot that is free waits for a worker that was rung for it, in whose lane the job stands that comes
 -- first.
@@ -46,8 +47,12 @@ make_limits = function()
     return R .. ':fair:g:' .. rec.queue .. ':' .. rec.lane .. ':' .. group
   end
 
-  local function ring_key(rec)
-    return R .. ':fair:t:' .. rec.queue .. ':' .. rec.lane
+  local function ring_key(lane, keyed)
+    return R .. (keyed and ':fair:k:' or ':fair:t:') .. lane
+  end
+
+  local function ring_of(rec, group)
+    return ring_key(rec.queue .. ':' .. rec.lane, string.sub(group, 1, 1) ~= '/')
   end
 
   -- What a job needs: names of limits, and how many slots of each. group: as the record has it, or nil.
@@ -236,7 +241,7 @@ make_limits = function()
     for i = 1, #parked, 2 do
       local queue, lane, group = string.match(parked[i], '^([^:]*):([^ ]*) ?(.*)$')
       if group ~= '' then
-        call('ZADD', R .. ':fair:t:' .. queue .. ':' .. lane, parked[i + 1], group)
+        call('ZADD', ring_of({ queue = queue, lane = lane }, group), parked[i + 1], group)
       else
         local head = call('ZRANGE', R .. ':s:q:' .. queue .. ':' .. lane, 0, 0, 'WITHSCORES')
         if head[1] and tonumber(head[2]) < lowest then
@@ -343,7 +348,7 @@ make_limits = function()
       call('HSET', R .. ':fair:n', lane, 0)
     end
     if call('EXISTS', key) == 0 then
-      call('ZADD', R .. ':fair:t:' .. lane, 'NX', (turn or 0) - 0.5, group)
+      call('ZADD', ring_of(rec, group), 'NX', (turn or 0) - 0.5, group)
     end
     call('ZADD', key, score, id)
   end
@@ -358,7 +363,7 @@ make_limits = function()
   function made.left(id, rec)
     local group = grouped(rec.lane) and (call('HGET', jkey(id), 'E') or '/') or nil
     if group and leave_group(id, rec, group) then
-      call('ZREM', ring_key(rec), group)
+      call('ZREM', ring_of(rec, group), group)
     end
     for _, need in ipairs(made.needs(rec.actor, group)) do
       made.open(need[1])
@@ -370,9 +375,9 @@ make_limits = function()
   function made.took(id, rec, group, began)
     local turn = call('HINCRBY', R .. ':fair:n', rec.queue .. ':' .. rec.lane, began and 1 or 0)
     if leave_group(id, rec, group) then
-      call('ZREM', ring_key(rec), group)
+      call('ZREM', ring_of(rec, group), group)
     elseif began then
-      call('ZADD', ring_key(rec), turn, group)
+      call('ZADD', ring_of(rec, group), turn, group)
     end
   end
 
@@ -387,29 +392,44 @@ make_limits = function()
     end
   end
 
+  -- The group of a lane whose turn it is, and its turn. keyed: it is to be one with a key.
+  local function whose_turn(lane, keyed)
+    local name = lane.queue .. ':' .. lane.lane
+    local with = call('ZRANGE', ring_key(name, true), 0, 0, 'WITHSCORES')
+    local without = keyed and {} or call('ZRANGE', ring_key(name, false), 0, 0, 'WITHSCORES')
+    if without[1] and (not with[1] or tonumber(without[2]) <= tonumber(with[2])) then
+      with = without
+    end
+    return with[1], with[2]
+  end
+
   local function first_by_turns(lane)
+    local keyed = false
     while true do
-      local head = call('ZRANGE', ring_key(lane), 0, 0, 'WITHSCORES')
-      local group = head[1]
+      local group, turn = whose_turn(lane, keyed)
       if not group then
         return nil
       end
       local id = call('ZRANGE', group_key(lane, group), 0, 0)[1]
       if not id then
-        call('ZREM', ring_key(lane), group)
+        call('ZREM', ring_of(lane, group), group)
       else
         local needs = made.needs(lane.actor, group)
         local name, number = made.lacking(needs, lane.score)
         if not name or over(id) then
           return id, needs, group
         end
-        if not string.find(name, '/', 1, true) then
+        if string.find(name, '/', 1, true) then
+          -- Only jobs of its key wait for that.
+          park(name, lane, group, turn)
+          call('ZREM', ring_of(lane, group), group)
+        else
           wait_for(name, number, lane)
-          return nil
+          if string.sub(name, 1, 1) ~= '@' then
+            return nil
+          end
+          keyed = true -- all without a key wait for that
         end
-        -- Only jobs of its key wait for that.
-        park(name, lane, group, head[2])
-        call('ZREM', ring_key(lane), group)
       end
     end
   end
