@@ -376,6 +376,26 @@ def test_a_turn_may_be_that_of_a_tag_and_priorities_hold_within_it(
     assert diary.all("start").index(3) < diary.all("start").index(1)
 
 
+def test_jobs_with_a_key_do_not_stand_behind_those_without_one_that_wait_in_turn(
+    mlq: MLQ, start_worker: StartWorker
+) -> None:
+    let_go = threading.Event()
+
+    @mlq.actor(concurrency=1, fair_by=lambda who: who)
+    def fetch(who: str) -> str:
+        assert who != "holder" or let_go.wait(20)
+        return who
+
+    holder = fetch.submit("holder")
+    start_worker(threads=2)
+    eventually(lambda: holder.state is State.RUNNING)
+    waits = fetch.submit("ann")
+    assert "bob" == fetch.with_options(concurrency_key="a.example").submit("bob").result(timeout=5)
+    assert waits.state is State.QUEUED
+    let_go.set()
+    assert "ann" == waits.result(timeout=5)
+
+
 def test_posted_jobs_take_turns_too(mlq: MLQ, start_worker: StartWorker) -> None:
     told: list[Any] = []
 
