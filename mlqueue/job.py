@@ -29,6 +29,7 @@ __all__ = [
     "NewJob",
     "Point",
     "Result",
+    "SavedCheckpoint",
     "State",
     "Usage",
     "check_id",
@@ -165,6 +166,18 @@ class Metric(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCheckpoint:
+    """A checkpoint of a job, without its contents."""
+
+    #: The attempt that saved it.
+    attempt: int
+    #: When; Unix seconds, by the server's clock.
+    saved_at: float
+    #: Bytes.
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """A start of a job that did not end in success."""
 
@@ -183,6 +196,8 @@ class Attempt:
     stage: str | None = None
     #: What it used; None where it was not measured.
     usage: Usage | None = None
+    #: The checkpoint that it began from; None when there was none, or one that was imported.
+    resumed_from: SavedCheckpoint | None = None
 
 
 class CallbackState(StrEnum):
@@ -384,6 +399,8 @@ class JobRecord:
     callback_attempts: tuple[CallbackAttempt, ...] = ()
     #: What the last attempt used, or uses; None where that was not measured.
     usage: Usage | None = None
+    #: The checkpoint that the last attempt began from; None when there was none, or one that was imported.
+    resumed_from: SavedCheckpoint | None = None
     #: When it will start, as it seems, of a job that waits; only where that was asked for (`Job.estimated_start`).
     estimated_start: float | None = dataclasses.field(default=None, compare=False)
     #: Where it is told of and what, and how the latest event stands; with the full record only.

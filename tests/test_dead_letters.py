@@ -24,7 +24,7 @@ from support import counting_proxy, eventually, fresh_app
 from mlqueue import MLQ, DeadReason, InvalidJob, InvalidTransition, JobNotFound, Settings, State, codec, current_job
 from mlqueue.dead_letters import BATCH, LOOKS, PAGE
 from mlqueue.dead_lines import IMPORTABLE, read_line
-from mlqueue.job import Attempt, JobError, JobRecord, NewJob, new_id
+from mlqueue.job import Attempt, JobError, JobRecord, NewJob, SavedCheckpoint, new_id
 from mlqueue.message import LIFTED, LISTENER, OPTION_CHECKS
 from mlqueue.store import Settle, Store
 from mlqueue.store.records import CALLBACK, CALLBACKS, pack_dead
@@ -677,7 +677,10 @@ def whole(mlq: MLQ, job_id: str) -> tuple[JobRecord, bytes]:
 
 def test_what_was_exported_is_imported_as_it_was(mlq: MLQ, server: Settings, tmp_path: Path) -> None:
     attempt = Attempt(attempt=1, worker="w1", started_at=NOW - 4, ended_at=NOW - 3, outcome="failed", error=ERROR)
-    stall = Attempt(attempt=2, worker="w2", started_at=NOW - 3, ended_at=NOW - 2, outcome="stalled", error=None)
+    saved = SavedCheckpoint(attempt=1, saved_at=NOW - 3.5, size=7)
+    stall = Attempt(
+        attempt=2, worker="w2", started_at=NOW - 3, ended_at=NOW - 2, outcome="stalled", error=None, resumed_from=saved
+    )
     ids = [
         bury(
             mlq.store,
@@ -701,6 +704,7 @@ def test_what_was_exported_is_imported_as_it_was(mlq: MLQ, server: Settings, tmp
             worker="w3",
             progress=math.inf,
             progress_note="nearly",
+            resumed_from=dataclasses.replace(saved, attempt=2),
             attempts=(attempt, stall),
         ),
         bury(mlq.store, actor=LISTENER, functions=("greet", "count, twice")),
@@ -834,6 +838,8 @@ def body_with(**options: Any) -> str:
         ({"attempts": [5]}, r"attempts is \[5\]; it must be a list of at most 50 objects"),
         ({"attempts": [{}] * 51}, "it must be a list of at most 50 objects"),
         ({"attempts": [{"attempt": 1}]}, "outcome is missing; it must be a text"),
+        ({"resumed_from": [1]}, r"resumed_from is \[1\]; it must be an object, or null"),
+        ({"resumed_from": {"saved_at": 1.0, "size": 1}}, "attempt is missing; it must be an int, 0 or more"),
         ({"worker": 5}, "worker is 5; it must be a text, or null"),
         ({"progress": [1]}, r"progress is \[1\]; it must be a number, a text or null"),
     ],
