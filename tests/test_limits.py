@@ -204,6 +204,29 @@ def test_a_job_that_needs_more_than_there_is_waits_and_holds_up_nobody(mlq: MLQ,
     ended([waits])
 
 
+def test_a_job_whose_actor_may_not_run_now_keeps_no_slots_from_others(mlq: MLQ, start_worker: StartWorker) -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    @mlq.actor(resources={"gpu": 2}, concurrency=1)
+    def pair() -> None: ...
+
+    @mlq.actor(resources={"gpu": 1})
+    def single() -> None:
+        together.wait()
+
+    mlq.limits.set("gpu", 2)
+    mlq.limits.set("@pair", 0)
+    waits = pair.submit()
+    start_worker(threads=2)
+    first = single.submit()
+    eventually(lambda: first.state is State.RUNNING)
+    # One slot is free: fewer than the pair lacks, but it could not run with two.
+    ended([first, single.submit()])
+    assert waits.state is State.QUEUED
+    mlq.limits.set("@pair", 1)
+    ended([waits])
+
+
 # Every way out of running
 
 
