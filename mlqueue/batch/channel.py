@@ -80,12 +80,16 @@ class Channel:
 
     def _wake_later(self, left: int) -> bool:
         """Have the system wake us when there is much, unless little is left, for which we would wait in vain."""
-        later = left > 2 * WAKE and sys.platform == "linux" and not self._tls
-        least = WAKE if later else 1
-        if least != self._woken_at:
+        later = left > 2 * WAKE
+        return self.wake_for(WAKE if later else 1) and later
+
+    def wake_for(self, least: int) -> bool:
+        """Have the system wake who reads only for so many bytes, or for the end; whether it can do that."""
+        can = sys.platform == "linux" and not self._tls
+        if can and least != self._woken_at:
             self._woken_at = least
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
-        return later
+        return can
 
     def _take_ahead(self, target: memoryview) -> int:
         size = min(len(self._ahead), len(target))
