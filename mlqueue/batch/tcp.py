@@ -361,6 +361,11 @@ class TcpPeer(RemotePeer):
     def has_died(self, silent: bool) -> bool:
         return not silent and not self._unreachable
 
+    def tell(self, kind: int, number: int = 0) -> None:
+        if kind == links.END:
+            self._outbox.wait_no_more()  # it leaves when it knows that all it has sent was received
+        super().tell(kind, number)
+
     def _order(self, record: OrderRecord, content: Any = b"") -> None:
         self._outbox.put(record.pack(), content)
 
@@ -388,6 +393,7 @@ class Outbox:
         self._news = threading.Condition()
         self._parts: deque[memoryview] = deque()
         self._later = b""
+        self._may_wait = True
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -397,7 +403,7 @@ class Outbox:
         with self._news:
             if self._closed:
                 return
-            if not now and not self._later:
+            if self._may_wait and not now and not self._later:
                 self._later = b"".join(views)
                 return
             views.insert(0, memoryview(self._later))
@@ -422,6 +428,11 @@ class Outbox:
                 self._thread = threading.Thread(target=self._send, name="mlqueue-batch-out", daemon=True)
                 self._thread.start()
             self._news.notify()
+
+    def wait_no_more(self) -> None:
+        """From now on nothing may wait: there are no others that it could go with."""
+        with self._news:
+            self._may_wait = False
 
     def _send(self) -> None:
         try:

@@ -794,6 +794,20 @@ class TestMessages:
         one.close()
         other.close()
 
+    def test_a_worker_that_leaves_does_not_wait_for_word_of_its_last_batch(self, trainer, monkeypatch):
+        monkeypatch.setattr(tcp, "LENT", 1)
+        with ActorPool(trainer, "nobody", workers=1, alone_after=None) as pool:
+            link = tcp.TcpLink(pool._crew.desk.listener.address["tcp"], "a job", trainer.settings)
+            batches = pool.parallel_data_source(arrays(), 1).batch_iterator(50)
+            last = next_lease(link)
+            link.tell(links.LEAVE)
+            assert links.END == eventually(lambda: link.receive(0.1)).kind
+            link.deliver(links.DONE, last, *link.place(last).write((np.arange(3),)), 1000)
+            begun = time.monotonic()
+            link.close()
+            assert time.monotonic() - begun < remote.FLUSH / 2
+            np.testing.assert_array_equal(np.arange(3), next(batches)[0])
+
     def test_what_is_prepared_wakes_nobody_and_is_known_when_the_worker_has_gone(self, trainer):
         with ActorPool(trainer, "nobody", workers=1, alone_after=None) as pool:
             link = tcp.TcpLink(pool._crew.desk.listener.address["tcp"], "a job", trainer.settings)
