@@ -33,6 +33,8 @@ WAKE: Final = 1 << 18
 AHEAD: Final = 4096
 #: How long what was sent may stay unacknowledged, until the connection counts as broken; in seconds.
 UNHEARD: Final = 10.0
+#: The congestion control that every Linux has, and that does nothing but what TCP has to.
+PLAIN: Final = b"reno"
 IDLE: Final = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -194,8 +196,12 @@ class Channel:
 
 
 def tune(connection: socket.socket) -> None:
-    """Small records go at once, and a peer that cannot be reached any more is noticed."""
-    options = [
+    """Small records go at once, and a peer that cannot be reached any more is noticed.
+
+    Within a host no line is shared with others: a congestion control that spaces packets out, as BBR does, would only
+    take time.
+    """
+    options: list[tuple[int, str, Any]] = [
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 4),
@@ -203,10 +209,20 @@ def tune(connection: socket.socket) -> None:
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
         (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(UNHEARD * 1000)),
     ]
+    if is_within_host(connection):
+        options.append((socket.IPPROTO_TCP, "TCP_CONGESTION", PLAIN))
     for level, name, value in options:
         if hasattr(socket, name):
             with contextlib.suppress(OSError):
                 connection.setsockopt(level, getattr(socket, name), value)
+
+
+def is_within_host(connection: socket.socket) -> bool:
+    """Whether both ends have the same address."""
+    try:
+        return connection.family != socket.AF_UNIX and connection.getpeername()[0] == connection.getsockname()[0]
+    except OSError:
+        return False  # it has ended
 
 
 def unacknowledged(connection: socket.socket) -> int:

@@ -33,7 +33,7 @@ from test_work_pool import assert_same
 from mlqueue import Settings
 from mlqueue.batch import compression, links, parts, remote, tcp, through_store, ways
 from mlqueue.batch.actor_pool import ActorPool
-from mlqueue.batch.channel import WAKE, Channel
+from mlqueue.batch.channel import PLAIN, WAKE, Channel
 from mlqueue.batch.compression import LZ4, RAW, ZSTD, Compression
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.transport import HEADER_BYTES, Segment, TransportError, read_description
@@ -649,6 +649,22 @@ def test_a_channel_carries_any_sizes_both_ways_at_once():
         other.read(1)
     assert time.monotonic() - begun < 1
     other.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system decides")
+@pytest.mark.parametrize(("source", "changed"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_within_a_host_nothing_spaces_packets_out_and_between_hosts_the_system_decides(source, changed):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname(), source_address=(source, 0))
+        other, _ = listening.accept()
+
+    def control():
+        return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+    with one, other:
+        before = control()
+        Channel(one)
+        assert (PLAIN if changed else before) == control()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is lent on Linux only")
