@@ -470,7 +470,8 @@ class Job(Bar, Generic[R_co]):
         record = self._wait(_deadline(timeout))
         if record.state.ended:
             return record
-        where = f", {record.position} jobs ahead of it" if record.position else ""
+        ahead = record.position
+        where = f", {ahead:,} job{'' if ahead == 1 else 's'} ahead of it" if ahead else ""
         raise ResultTimeout(
             f"job {self.id} is {record.state}{where} after {seconds(timeout, 'timeout'):g} s; it goes on. Wait again, "
             "or longer."

@@ -168,7 +168,9 @@ def _read_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     if "webhook" in fields:
         fields["webhook"] = Webhook.of(fields["webhook"])
-    fields["id"] = check_id(entry.get("id"))
+    if entry.get("id") is None:
+        raise InvalidJob("id is missing: it is the id that the job had, by which it is imported once.")
+    fields["id"] = check_id(entry["id"])
     for name in ("queue", "actor"):
         fields[name] = _field(entry, name, _is_name, "a text that is not empty")
     if fields["queue"] == CALLBACKS:

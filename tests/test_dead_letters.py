@@ -306,6 +306,9 @@ def test_pages_hold_while_letters_come_and_go(mlq: MLQ) -> None:
     ids = bury_many(mlq.store, 10, lambda i: {})
     page = mlq.dead_letters.list(limit=4)
     assert ids[:4] == [record.id for record in page.letters]
+    assert (ids[:4], 4, ids[0]) == ([record.id for record in page], len(page), page[0].id)
+    dead = mlq.jobs(state="dead")
+    assert (10, set(ids), dead.jobs[0]) == (len(dead), {record.id for record in dead}, dead[0])
     mlq.dead_letters.purge([ids[3], ids[5]])  # the one to go on behind, and one that is still to come
     bury(mlq.store, finished_at=NOW + 1)
     page = mlq.dead_letters.list(limit=4, cursor=page.cursor)
@@ -807,7 +810,7 @@ def body_with(**options: Any) -> str:
     ("change", "said"),
     [
         ({"id": "a b"}, "job id 'a b': an id is"),
-        ({"id": None}, "job id None: an id is"),
+        ({"id": None}, "id is missing: it is the id that the job had"),
         ({"actor": ""}, "actor is ''; it must be a text that is not empty"),
         ({"actor": "\ud800"}, "actor is '.ud800'; it must be a text"),
         ({"queue": 5}, "queue is 5; it must be a text"),
@@ -864,7 +867,7 @@ def test_a_line_that_is_no_letter_is_an_error_with_its_number_and_those_before_i
         ("{", "it is no JSON"),
         ("[" * 100_000, "it is no JSON"),
         ("[1]", "it is JSON, but a list; a dead letter is an object"),
-        ("{}", "job id None"),
+        ("{}", "id is missing"),
     ],
     ids=["no UTF-8", "cut off", "too deep", "a list", "empty"],
 )

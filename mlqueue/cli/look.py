@@ -193,7 +193,7 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     yield "counts", ", ".join(f"{name} {number}" for name, number in counts.items() if number)
     yield "timeout", record.job_timeout and duration(record.job_timeout)
     yield "begins in", record.queue_timeout and duration(record.queue_timeout)
-    yield "prolonged", record.extended_by and f"by {duration(record.extended_by)}"
+    yield "prolonged", f"by {duration(record.extended_by)}" if record.extended_by else None
     yield "cancelled", record.cancel_stage
     yield "checkpoint", "yes" if record.has_checkpoint else None
     yield "resumed", record.resumed_from and _saved(record.resumed_from)
