@@ -1,10 +1,10 @@
 """Large copies of rows by several threads.
 
 While an iterator makes a batch, whoever asked for the batch waits for it, and other processors may have nothing to do.
-Where the rows of a batch are many bytes they are therefore copied in parts, which the thread that asked and a helping
-one (or more) take from a common list: whoever is free takes the next. A helper that gets no processor takes none, so
-nobody waits for it. Whether that is faster depends on the machine and on what else it does; a :class:`Pace` finds out
-from time to time, and does what was.
+Where the rows of a batch are many bytes, a helping thread (or more) therefore copies some of them, part by part. The
+thread that asked copies its own and then takes what parts there are left: of a helper that gets no processor it takes
+all, so nobody waits for that one. Whether that is faster depends on the machine and on what else it does; a
+:class:`Pace` finds out from time to time, and does what was.
 
 Helpers are threads of the process that are made when they are first needed and end with it. Where threads or processes
 prepare batches beside the one that trains (pools, ``prefetch``) there are none: see :func:`without_help`.
@@ -31,8 +31,11 @@ VARIABLE = "MLQUEUE_GATHER_THREADS"
 MOST_THREADS, USUAL_THREADS = 64, 2
 #: Copies of fewer bytes take no longer than it takes to wake a thread.
 SHARED_BYTES = 1 << 19
-#: A copy is cut into so many parts for each thread, of at least so many bytes.
-PARTS, PART_BYTES = 4, 1 << 18
+#: Each helper's part is cut into so many. Who asked copies its own at once: each time two threads want Python's global
+#: lock, one of them waits, and longer than it takes to copy a hundred kilobytes.
+PARTS = 2
+#: It has so many bytes more to copy than a helper, who has to be woken first.
+HEAD_START = 3 << 16
 #: Of so many copies the first ones are made both ways in turn, so often each, to see which takes less time.
 PERIOD, TRIALS = 256, 5
 #: Help has to be so much faster: it takes the time of a second processor.
@@ -91,14 +94,14 @@ def without_help() -> Iterator[None]:
 
 
 class Shared:
-    """A copy of so many rows that is made in parts, by whoever takes them."""
+    """A copy of so many rows: those up to `own` by who asked for it, the rest in steps by whoever takes them."""
 
-    __slots__ = ("_copy", "_done", "_left", "_length", "_step")
+    __slots__ = ("_copy", "_done", "_left", "_length", "_own", "_step")
 
-    def __init__(self, copy: Copy, length: int, parts: int) -> None:
+    def __init__(self, copy: Copy, length: int, own: int, step: int) -> None:
         self._copy: Copy | None = copy
-        self._length, self._step = length, -(-length // parts)
-        self._left = deque(range(0, length, self._step))
+        self._length, self._own, self._step = length, own, step
+        self._left = deque(range(own, length, step))
         # What helpers have done: None, or what was raised.
         self._done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -107,6 +110,7 @@ class Shared:
         left, count, mine = self._left, len(self._left), 0
         _team.ask(self, helpers)
         try:
+            self._copy(0, self._own)  # type: ignore[misc]
             while self._take():
                 mine += 1
             outcomes = [self._done.get() for _ in range(count - mine)]
@@ -209,8 +213,9 @@ def shared(copy: Copy, length: int, nbytes: int, helpers: int) -> None:
     After an exception of the thread that asked (KeyboardInterrupt, say) a helper may still write: give the memory to
     nobody else as long as something holds `copy`.
     """
-    parts = min((helpers + 1) * PARTS, max(2, nbytes // PART_BYTES))
-    Shared(copy, length, parts).make(helpers)
+    own = length // (helpers + 1) + HEAD_START * length // max(1, nbytes)
+    own = min(own, length - 1)
+    Shared(copy, length, own, -(-(length - own) // (helpers * PARTS))).make(helpers)
 
 
 class Pace:

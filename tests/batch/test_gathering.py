@@ -40,7 +40,7 @@ def always_helped(team, monkeypatch):
     monkeypatch.setattr(rows, "REUSED_BYTES", 1)
     monkeypatch.setattr(rows, "RECYCLER", transport.Recycler())
     monkeypatch.setattr(gathering, "SHARED_BYTES", 1)
-    monkeypatch.setattr(gathering, "PART_BYTES", 1)
+    monkeypatch.setattr(gathering, "HEAD_START", 0)
     monkeypatch.setattr(gathering, "Pace", HelpedPace)
     gathering._pace.cache_clear()
     gathering.set_threads(3)
@@ -75,7 +75,7 @@ def test_batches_are_those_of_one_thread(always_helped, shuffle, copy):
 
 
 def test_every_part_is_copied_once_by_whoever_is_free(team):
-    """The helper takes part: this thread waits in the first part until another has begun one."""
+    """The helper takes part: this thread waits in its own until the helper has begun one."""
     begun, copied = threading.Barrier(2), []
 
     def copy(start, stop):
@@ -83,7 +83,7 @@ def test_every_part_is_copied_once_by_whoever_is_free(team):
             begun.wait(PATIENCE)
         copied.append((start, stop, threading.current_thread().name))
 
-    gathering.shared(copy, 10, 8 * gathering.PART_BYTES, 1)
+    gathering.shared(copy, 10, 1 << 40, 1)
     parts = sorted((start, stop) for start, stop, _ in copied)
     assert [start for start, _ in parts] == [0, *(stop for _, stop in parts[:-1])]
     assert parts[-1][1] == 10
@@ -100,11 +100,11 @@ def test_who_asked_copies_all_where_the_helper_gets_no_turn(team):
         else:
             busy.wait(PATIENCE)
 
-    holding = threading.Thread(target=gathering.shared, args=(hold, 2, 1, 1))
+    holding = threading.Thread(target=gathering.shared, args=(hold, 3, 1 << 40, 1))
     holding.start()
     assert busy.wait(PATIENCE)
     for _ in range(5):
-        gathering.shared(lambda start, stop: copied.append(threading.get_ident()), 10, 1, 1)
+        gathering.shared(lambda start, stop: copied.append(threading.get_ident()), 10, 1 << 40, 1)
     assert set(copied) == {threading.get_ident()}
     assert not free.is_set()
     assert gathering._team._calls.qsize() <= 1  # calls do not pile up
@@ -117,14 +117,14 @@ def test_an_exception_arrives_from_wherever_it_was_raised(team, where):
     begun = threading.Barrier(2)
 
     def copy(start, stop):
-        begun.wait(PATIENCE)  # each takes one of the two parts
+        begun.wait(PATIENCE)  # each has one of the two parts
         if threading.current_thread().name == where:
             raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        gathering.shared(copy, 16, 1, 1)
+        gathering.shared(copy, 2, 1 << 40, 1)
     done = []
-    gathering.shared(lambda start, stop: done.append(stop - start), 16, 1, 1)
+    gathering.shared(lambda start, stop: done.append(stop - start), 16, 1 << 40, 1)
     assert sum(done) == 16
 
 
