@@ -263,12 +263,15 @@ def safe_text(error: BaseException) -> str:
         return "(its text cannot be shown)"
 
 
-#: What ``python -c`` runs to become a worker: the path of modules comes first, because mlqueue may lie on it.
+#: What ``python -c`` runs to become a worker: the path of modules comes first, because mlqueue may lie on it. Imports
+#: leave nothing for the garbage collector, which would look through all of it several times.
 BOOTSTRAP = """
-import json, os, sys
+import gc, json, os, sys
+gc.disable()
 setup, leases, results, serial, paths = map(int, sys.argv[1:6])
 with os.fdopen(paths, "rb") as pipe:
     sys.path[:], sys.argv[:] = json.load(pipe)
 from mlqueue.batch.pool_worker import main
+gc.enable()
 main(setup, leases, results, serial)
 """
