@@ -29,8 +29,8 @@ __all__ = ["Pace", "pace_of", "set_threads", "shared", "threads", "without_help"
 VARIABLE = "MLQUEUE_GATHER_THREADS"
 #: So many threads may be asked for, and so many are used where nothing is said and there are as many processors.
 MOST_THREADS, USUAL_THREADS = 64, 2
-#: Copies of fewer bytes take no longer than it takes to wake a thread.
-SHARED_BYTES = 1 << 19
+#: Copies of fewer bytes are hardly faster with help: it has to be woken, and waited for.
+SHARED_BYTES = 1 << 20
 #: Each helper's part is cut into so many. Who asked copies its own at once: each time two threads want Python's global
 #: lock, one of them waits, and longer than it takes to copy a hundred kilobytes.
 PARTS = 2
@@ -38,8 +38,8 @@ PARTS = 2
 HEAD_START = 3 << 16
 #: Of so many copies the first ones are made both ways in turn, so often each, to see which takes less time.
 PERIOD, TRIALS = 256, 5
-#: Help has to be so much faster: it takes the time of a second processor.
-GAIN = 0.95
+#: Help has to take at most this part of the time: it takes that of a second processor, which others may need.
+GAIN = 0.9
 
 #: Copies the rows from a first one up to a last one, which is not copied.
 Copy = Callable[[int, int], None]
