@@ -37,7 +37,7 @@ PARTS = 2
 #: It has so many bytes more to copy than a helper, who has to be woken first.
 HEAD_START = 3 << 16
 #: Of so many copies the first ones are made both ways in turn, so often each, to see which takes less time.
-PERIOD, TRIALS = 256, 5
+PERIOD, TRIALS = 512, 5
 #: Help has to take at most this part of the time: it takes that of a second processor, which others may need.
 GAIN = 0.9
 
