@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlqueue.batch import gathering
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.pickling import pickle_code
@@ -217,6 +218,11 @@ class ThreadCrew(Crew):
 
 
 def _work_in_thread(inbox: Inbox) -> None:
+    with gathering.without_help():
+        _work_alone(inbox)
+
+
+def _work_alone(inbox: Inbox) -> None:
     while (lease := inbox.get()) is not None:
         work, lease.work = lease.work, None
         if not lease.cancelled and work is not None:

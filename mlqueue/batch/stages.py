@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlqueue.batch import gathering
 from mlqueue.batch.errors import StateError
 from mlqueue.batch.iteration import BatchIterator, batch_length, check_state, trim_batch
 from mlqueue.batch.iterators import state_of
@@ -280,9 +281,10 @@ def fill(channel: Channel, batches: Iterator[Any]) -> None:
     """What the prefetching thread does. It knows the channel, but not the iterator, which can thus be dropped."""
     error: BaseException | None = None
     try:
-        for batch in batches:
-            if not channel.put((batch, saved(batches))):
-                break
+        with gathering.without_help():  # whoever takes the batches goes on meanwhile
+            for batch in batches:
+                if not channel.put((batch, saved(batches))):
+                    break
     except BaseException as raised:  # noqa: BLE001  it is raised where the batch is asked for
         error = raised
     channel.end(error)
