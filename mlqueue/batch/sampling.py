@@ -7,6 +7,7 @@ take whatever :mod:`mlqueue.batch.order` lists.
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -42,10 +43,20 @@ class Run(NamedTuple):
     stop: int
 
 
+class ZeroBatchSize(ValueError, ZeroDivisionError):
+    """A batch size of 0, which BatchUp answers with a ZeroDivisionError."""
+
+
 def num_batches(n: int, batch_size: int) -> int:
-    """The number of batches of at most `batch_size` samples that `n` samples fill: n / batch_size, rounded up."""
+    """The number of batches of at most `batch_size` samples that `n` samples fill: n / batch_size, rounded up.
+
+    Raises ValueError where `batch_size` is below 1 (for 0 one that is a ZeroDivisionError too) or `n` is endless.
+    """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        kind = ValueError if batch_size else ZeroBatchSize
+        raise kind(f"batch_size must be at least 1, got {batch_size}.")
+    if not math.isfinite(n):
+        raise ValueError(f"n={n}: an endless source has no number of batches; give that of the samples to use.")
     return int(-(-n // batch_size))
 
 
@@ -158,6 +169,7 @@ class SubsetSampler(AbstractSampler):
 
     def __init__(self, indices: Any, repeats: int = 1, *, shard: Shard = WHOLE) -> None:
         self.indices, self._mask_length = subset_indices(indices)
+        self.length = len(self.indices)
         self.repeats = check_repeats(repeats)
         self.shard = shard
         if self.repeats == -1 and self.shard.length(len(self.indices)) == 0:
@@ -194,6 +206,7 @@ class WeightedSampler(AbstractSampler):
 
     def __init__(self, weights: Any, *, shard: Shard = WHOLE) -> None:
         self.weights, self.cumulative = normalised_weights(weights)
+        self.length = len(self.weights)
         self.shard = shard
 
     def num_indices_generated(self) -> float:
@@ -248,6 +261,7 @@ class WeightedSubsetSampler(AbstractSampler):
                 f"there are {len(sub_weights)} weights for {len(self.indices)} indices; give one for each."
             )
         self.sub_weights, self.cumulative = normalised_weights(sub_weights)
+        self.length = len(self.indices)
         self.shard = shard
 
     def num_indices_generated(self) -> float:
