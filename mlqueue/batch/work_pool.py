@@ -490,7 +490,7 @@ def as_call(task: Any) -> Call:
     """The work of a task tuple."""
     if not isinstance(task, tuple | list) or not 1 <= len(task) <= 3 or not callable(task[0]):
         raise TypeError(
-            f"a task is a tuple (function,), (function, args) or (function, args, kwargs), got {task!r:.200}."
+            f"a task is a tuple (function,), (function, args) or (function, args, kwargs); got {task!r:.200}."
         )
     return Call(*task)
 
