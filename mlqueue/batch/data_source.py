@@ -349,7 +349,7 @@ class ArrayDataSource(RandomAccessDataSource):
             indices = as_positions(indices, self.length)
         parts = [read(indices) for read in self._readers]
         if self.include_indices:
-            parts.insert(0, np.arange(*indices.indices(self.length)) if isinstance(indices, slice) else indices)
+            parts.insert(0, own_indices(indices, self.length))
         return self._as_batch(parts)
 
     def _as_batch(self, parts: list[Any]) -> Batch:
@@ -365,7 +365,7 @@ class ArrayDataSource(RandomAccessDataSource):
             rows_into(array, read, indices, empty) for array, read in zip(self._arrays, self._readers, strict=True)
         ]
         if self.include_indices:
-            parts.insert(0, indices)
+            parts.insert(0, own_indices(indices, self.length))
         return self._as_batch(parts)
 
     def batch_iterator(  # type: ignore[override]
@@ -406,9 +406,10 @@ class FunctionDataSource(RandomAccessDataSource):
         self.fn = fn
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
-        batch = as_batch(self.fn(indices))
+        batch = as_batch(self.fn(indices.copy() if isinstance(indices, np.ndarray) else indices))
         if not self.include_indices:
             return batch
+        indices = own_indices(indices, self.length)
         return {"indices": indices, **batch} if isinstance(batch, dict) else (indices, *batch)
 
 
@@ -925,6 +926,13 @@ def as_positions(indices: Any, length: int) -> Any:
         f"samples are asked for by an int, a slice, 1-D ints, or a mask of {length} bools; got {given.dtype} of shape "
         f"{given.shape}."
     )
+
+
+def own_indices(indices: Any, length: int) -> Any:
+    """The indices of a batch's samples as a part of that batch, to be written into like the others."""
+    if isinstance(indices, slice):
+        return np.arange(*indices.indices(length))
+    return indices.copy() if isinstance(indices, np.ndarray) else indices
 
 
 def check_source(ds: Any) -> AbstractDataSource:

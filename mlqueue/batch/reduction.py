@@ -102,6 +102,10 @@ def _results(
                 yield batch, None
         elif isinstance(result, tuple | list):
             yield batch, result
+        elif isinstance(result, np.generic) and not nones:
+            raise TypeError(
+                f"the function must return arrays, a tuple of them, or None; got a single {type(result).__name__}."
+            )
         else:
             yield batch, (result,)
 

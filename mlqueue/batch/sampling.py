@@ -320,6 +320,7 @@ class EpochStream(IndexIterator):
         self._repeats, self._shuffle, self._first_epoch, self._shard = repeats, shuffle, operator.index(epoch), shard
         self._epoch = self._first_epoch - 1  # the epoch that is under way
         self._order: Indexable | None = None  # of that epoch; None while its places are its indices
+        self._begins_with: list[int] | None = None  # its first indices, which tell an order that is drawn differently
         self._position = self._length  # in that epoch
         self._rng_before: Any = None  # the state of a caller's generator before that epoch's order was drawn
         self._done = False
@@ -386,6 +387,8 @@ class EpochStream(IndexIterator):
             self._rng_before = saved_rng(self._shuffle)
             self._order = self._shuffle.permutation(self._samples, epoch)
         self._epoch, self._position = epoch, 0
+        # Now: parts of it are handed out, and somebody may write into them.
+        self._begins_with = None if self._order is None else [int(index) for index in self._order[0:4]]
 
     def _span(self, start: int, stop: int) -> Span:
         """The indices at these places (of this part) of the epoch under way."""
@@ -419,12 +422,8 @@ class EpochStream(IndexIterator):
             "done": self._done,
             "rng": None if self._shuffle is None else self._shuffle.get_state(),
             "rng_before": self._rng_before,
-            "begins_with": self._begins_with(),
+            "begins_with": self._begins_with,
         }
-
-    def _begins_with(self) -> list[int] | None:
-        """The first indices of the epoch: what tells an order that is drawn differently, as by another numpy."""
-        return None if self._order is None else [int(index) for index in self._order[0:4]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(
@@ -452,10 +451,10 @@ class EpochStream(IndexIterator):
             self._shuffle.set_state(state["rng_before"])
         self._draw(state["epoch"])
         self._position = state["position"]
-        if self._begins_with() != state["begins_with"]:
+        if self._begins_with != state["begins_with"]:
             raise StateError(
                 f"epoch {self._epoch} began with the samples {state['begins_with']} when the state was saved, and now "
-                f"with {self._begins_with()}: another version of numpy, or other indices. Use those of then."
+                f"with {self._begins_with}: another version of numpy, or other indices. Use those of then."
             )
 
 

@@ -15,6 +15,7 @@ from mlqueue.batch.data_source import (
     CallableDataSource,
     ChoiceDataSource,
     CompositeDataSource,
+    FunctionDataSource,
     IteratorDataSource,
     batch_map_concat,
     batch_map_mean,
@@ -180,6 +181,24 @@ def test_a_mask_of_bools_names_the_samples_that_it_marks(include):
         ds.samples_by_indices_nomapping(np.array([1.0]))
 
 
+@pytest.mark.parametrize("make", [array, lambda **options: FunctionDataSource(lambda x: x, N, **options)])
+def test_indices_within_a_batch_may_be_written_into_too(make):
+    def source():
+        return make(include_indices=True, repeats=2)
+
+    expected = listed(source().batch_iterator(5, shuffle=3))
+    batches = source().batch_iterator(5, shuffle=3)
+    seen = []
+    for place, (indices, values) in enumerate(batches):
+        seen.append([indices.tolist(), values.tolist()])
+        indices += 1
+        values += 1
+        resumed = source().batch_iterator(5, shuffle=3)
+        resumed.load_state_dict(batches.state_dict())
+        assert listed(resumed) == expected[place + 1 :]
+    assert seen == expected
+
+
 @pytest.mark.parametrize("shuffle", [None, 1])
 def test_a_map_function_writes_into_its_batch_whoever_reads_the_result_only(shuffle):
     def doubled(x):
@@ -229,6 +248,8 @@ def test_results_and_arguments_that_batchup_takes_and_refuses():
     assert batch_map_concat(lambda x: (), batches) == ()
     with pytest.raises(ValueError, match="without dimensions"):
         batch_map_concat(lambda x: (x.sum(),), batches)
+    with pytest.raises(TypeError, match="got a single int64"):
+        batch_map_concat(lambda x: x.sum(), batches)
     with pytest.raises(TypeError, match=r"prepend_args must be a tuple .* got a str: .*\(x,\)"):
         batch_map_concat(lambda a, x: x, batches, prepend_args="a")
     assert len(batch_map_concat(lambda x: x, batches, n_batches=3 / 2)[0]) == 5
