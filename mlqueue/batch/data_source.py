@@ -687,7 +687,7 @@ class MapDataSource(AbstractDataSource):
     def _gather(self, method: str, indices: IndexBatch, empty: Empty = np.empty) -> Batch:
         need_random_access(self)
         key = None
-        if isinstance(indices, SeededBatch):
+        if self._takes_rng and isinstance(indices, SeededBatch):  # else the key is that of a source within
             indices, key = indices
         return self.apply(getattr(self.source, method)(indices), key, empty)
 

@@ -17,6 +17,7 @@ from mlqueue.batch.data_source import (
     CompositeDataSource,
     FunctionDataSource,
     IteratorDataSource,
+    RandomAccessDataSource,
     batch_map_concat,
     batch_map_mean,
 )
@@ -289,3 +290,53 @@ def test_a_factory_that_makes_no_source_is_told_of():
 def test_terms_of_an_actor_pool_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ActorPool(MLQ("terms"), **options)
+
+
+def noisy(x, *more, rng):
+    return (x, *more, rng.integers(1 << 40, size=len(x)))
+
+
+@pytest.mark.parametrize("seed", [7, np.random.SeedSequence(7), None])
+def test_maps_over_a_map_that_draws_leave_its_numbers_as_they_are_with_a_pool(seed):
+    ds = array().map(noisy).map(lambda x, noise: (x, noise)).map(noisy)
+    for source in (ds, CompositeDataSource([ds, ds]), ChoiceDataSource([ds, ds]).map(noisy)):
+        rng = (lambda: seed) if seed is not None else (lambda: np.random.RandomState(1))
+        serial = listed(source.batch_iterator(5, shuffle=rng()))
+        with WorkerThreadPool(2) as pool:
+            assert listed(pool.parallel_data_source(source).batch_iterator(5, shuffle=rng())) == serial
+
+
+def failing(*batch):
+    raise ArithmeticError("of ours")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_error_in_a_batch_of_any_structure_is_raised_where_the_batch_would_be(nested):
+    choice = ChoiceDataSource([array().map(noisy), array()])
+    ds = CompositeDataSource([choice, array()] if nested else [array(), choice]).map(failing)
+    with WorkerThreadPool(1) as pool:
+        batches = pool.parallel_data_source(ds).batch_iterator(5, shuffle=1)
+        for number in range(3):
+            with pytest.raises(ArithmeticError, match="of ours") as raised:
+                next(batches)
+            assert f"batch {number} (sample indices [" in raised.value.__notes__[0]
+
+
+def test_an_index_batch_of_the_users_own_does_not_hide_the_error():
+    class Cursor:
+        def __array__(self, *_):
+            raise RuntimeError("no array")
+
+        def __len__(self):
+            return 2
+
+    class Remote(RandomAccessDataSource):
+        def batch_indices_iterator(self, batch_size, **_):
+            return iter([Cursor()])
+
+        def samples_by_indices_nomapping(self, indices):
+            raise ArithmeticError("of ours")
+
+    with WorkerThreadPool(1) as pool, pytest.raises(ArithmeticError, match="of ours") as raised:
+        next(pool.parallel_data_source(Remote(4)).batch_iterator(2))
+    assert "sample indices in a Cursor" in raised.value.__notes__[0]
