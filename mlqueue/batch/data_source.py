@@ -714,7 +714,8 @@ class MapDataSource(AbstractDataSource):
         shuffle = as_shuffle(self.seed if self.seed is not None else kwargs.get("shuffle"))
         epoch = kwargs.get("epoch", 0)
         fixed = not isinstance(shuffle, StreamShuffle)
-        return KeyedIterator(batches, lambda: (noise_entropy(shuffle), epoch), apply, fixed)
+        depth = random_depth(self.source)
+        return KeyedIterator(batches, lambda: (noise_entropy(shuffle, depth), epoch), apply, fixed)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> MapDataSource:
         """The mapped part of the source; see :meth:`RandomAccessDataSource.shard`."""
@@ -1028,8 +1029,20 @@ def samples_into(ds: AbstractDataSource, indices: IndexBatch, empty: Empty) -> B
     return ds.samples_by_indices_nomapping(indices) if into is None else into(indices, empty)  # type: ignore[attr-defined]
 
 
-def noise_entropy(shuffle: Shuffle | None) -> int:
-    """What map functions' generators are derived from; anew each time without a shuffle."""
+def random_depth(ds: AbstractDataSource) -> int:
+    """Over how many random maps, one within the other, a map of this source is."""
+    members = ds.datasets if isinstance(ds, CompositeDataSource | ChoiceDataSource) else ()
+    within = [getattr(ds, "source", None), *members]
+    depths = [random_depth(inner) for inner in within if isinstance(inner, AbstractDataSource)]
+    return (isinstance(ds, MapDataSource) and ds.is_random) + max(depths, default=0)
+
+
+def noise_entropy(shuffle: Shuffle | None, depth: int = 0) -> int:
+    """What map functions' generators are derived from; anew each time without a shuffle. `depth`: tells the maps apart
+    that are one within the other, which would else be given the same numbers."""
     if shuffle is None:
         return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-    return shuffle.noise_entropy()
+    entropy = shuffle.noise_entropy()
+    if not depth:
+        return entropy
+    return int(np.random.SeedSequence(entropy, spawn_key=(depth,)).generate_state(1, np.uint64)[0])

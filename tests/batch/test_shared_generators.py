@@ -306,6 +306,13 @@ def test_maps_over_a_map_that_draws_leave_its_numbers_as_they_are_with_a_pool(se
             assert listed(pool.parallel_data_source(source).batch_iterator(5, shuffle=rng())) == serial
 
 
+@pytest.mark.parametrize("shuffle", [7, np.random.RandomState(7)])
+def test_maps_one_within_the_other_draw_different_numbers(shuffle):
+    for source in (array().map(noisy).map(noisy), CompositeDataSource([array().map(noisy)]).map(noisy)):
+        _, inner, outer = next(source.batch_iterator(N, shuffle=shuffle))
+        assert not np.intersect1d(inner, outer).size
+
+
 def failing(*batch):
     raise ArithmeticError("of ours")
 
