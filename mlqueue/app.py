@@ -22,14 +22,14 @@ from .dead_letters import DeadLetters
 from .errors import FunctionNotFound, InvalidJob, SettingsError
 from .functions import DEFAULT_NAMESPACE, Functions, PostedFunction
 from .handle import Job
-from .job import State, check_id, new_id, seconds, timestamp
+from .job import State, check_id, id_in, new_id, seconds, timestamp
 from .limits import Limits, check_keys
 from .listeners import QUEUE, Listeners
 from .message import LISTENER, OPTION_CHECKS
 from .named import BATCHES, NamedSource, serving_actor
 from .posted import job_dict, progress_text
 from .reaper import Reaper
-from .settings import Settings
+from .settings import Settings, server_url
 from .store import Connector, Page, Store
 from .webhooks import Webhook
 
@@ -266,7 +266,9 @@ class MLQ:
 
     Parameters:
       name: The namespace: jobs of one are seen by its workers and by no others. ``MLQUEUE_NAMESPACE``, or ``default``.
-      redis_host, redis_port, redis_db: A Redis or Valkey server, as MLQ took it; goes before any URL.
+      q_name: The same, by the word that MLQ has for it.
+      redis_host, redis_port, redis_db: A Redis or Valkey server, as MLQ took it; goes before any URL. Where some are
+        given the others are ``localhost``, 6379 and 0.
       url: ``redis://``, ``rediss://`` or ``unix://``; goes before ``MLQUEUE_URL`` and ``REDIS_URL``.
       settings: All settings, instead of those of the environment.
       middleware: All Dramatiq middleware, instead of the default list.
@@ -276,17 +278,23 @@ class MLQ:
         self,
         name: str | None = None,
         redis_host: str | None = None,
-        redis_port: int = 6379,
-        redis_db: int = 0,
+        redis_port: int | None = None,
+        redis_db: int | None = None,
         *,
+        q_name: str | None = None,
         url: str | None = None,
         settings: Settings | None = None,
         middleware: list[Middleware] | None = None,
     ) -> None:
-        if redis_host is not None:
+        if q_name is not None:
+            if name is not None:
+                raise SettingsError(f"both a name ({name!r}) and a q_name ({q_name!r}) were given: give one of them.")
+            name = q_name
+        if (redis_host, redis_port, redis_db) != (None, None, None):
+            given = server_url(redis_host, redis_port, redis_db)
             if url is not None:
-                raise SettingsError(f"both a host ({redis_host!r}) and a url ({url!r}) were given: give one of them.")
-            url = f"redis://{redis_host}:{redis_port}/{redis_db}"
+                raise SettingsError(f"both a host and port ({given}) and a url ({url!r}) were given: give one of them.")
+            url = given
         if settings is None:
             settings = Settings.load() if url is None else Settings.load(url=url)
         elif url is not None:
@@ -413,7 +421,7 @@ class MLQ:
 
     def job(self, job_id: str) -> Job[Any]:
         """The job of this id. Raises `JobNotFound` when there is none."""
-        self.store.record(job_id, full=False)
+        self.store.record(id_in(self.name, job_id), full=False)
         return Job(self.store, job_id)
 
     def jobs(
@@ -498,7 +506,7 @@ class MLQ:
           options: As for `Actor.submit`: ``delay``, ``eta``, ``priority``, ``tags``, ``max_retries`` (0 without it),
             ``result_ttl`` (for ever without it) ...
         """
-        if isinstance(functions, str):
+        if functions is not None and (isinstance(functions, str) or not isinstance(functions, Iterable)):
             raise InvalidJob(f"functions={functions!r}: give a list of names: functions=[{functions!r}].")
         check_option_names(options, self.broker)
         names = None if functions is None else list(functions)
@@ -507,7 +515,7 @@ class MLQ:
 
     def get_job(self, job_id: str) -> dict[str, Any]:
         """All that is known of a job, as MLQ's dict: see `mlqueue.posted.job_dict`. Raises `JobNotFound`."""
-        return job_dict(self.store, job_id)
+        return job_dict(self.store, id_in(self.name, job_id))
 
     def get_result(self, job_id: str) -> dict[str, Any]:
         """The same as `get_job`."""
@@ -516,7 +524,7 @@ class MLQ:
     def get_progress(self, job_id: str) -> str:
         """How far a job is, as text: ``[queued; not started]``, ``[started]``, what it reported, ``[completed]``,
         ``[failed]``, ``[cancelled]``. Raises `JobNotFound`."""
-        return progress_text(self.store.record(job_id, full=False))
+        return progress_text(self.store.record(id_in(self.name, job_id), full=False))
 
     def job_count(self) -> int:
         """How many jobs of this name have not ended yet."""

@@ -53,6 +53,7 @@ from .job import (
     Metric,
     Point,
     Result,
+    SavedCheckpoint,
     State,
     Usage,
     new_id,
@@ -469,7 +470,8 @@ class Job(Bar, Generic[R_co]):
         record = self._wait(_deadline(timeout))
         if record.state.ended:
             return record
-        where = f", {record.position} jobs ahead of it" if record.position else ""
+        ahead = record.position
+        where = f", {ahead:,} job{'' if ahead == 1 else 's'} ahead of it" if ahead else ""
         raise ResultTimeout(
             f"job {self.id} is {record.state}{where} after {seconds(timeout, 'timeout'):g} s; it goes on. Wait again, "
             "or longer."
@@ -566,12 +568,14 @@ _FIELDS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "slots": lambda slots: {name: tuple(numbers) for name, numbers in slots.items()},
     "error": lambda value: _made(JobError, value),
     "usage": lambda value: _made(Usage, value),
+    "resumed_from": lambda value: _made(SavedCheckpoint, value),
     "attempts": lambda values: tuple(
         _made(
             Attempt,
             value,
             error=value.get("error") and _made(JobError, value["error"]),
             usage=value.get("usage") and _made(Usage, value["usage"]),
+            resumed_from=value.get("resumed_from") and _made(SavedCheckpoint, value["resumed_from"]),
         )
         for value in values
     ),

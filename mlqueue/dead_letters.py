@@ -21,7 +21,7 @@ from . import codec
 from .dead_lines import MAX_CHECKPOINT, read_line, write_line
 from .errors import DecodeError, InvalidJob, JobNotFound, ResultMissing
 from .files import replacing
-from .job import Attempt, DeadReason, JobError, JobRecord, State, new_id, seconds
+from .job import Attempt, DeadReason, JobError, JobRecord, State, id_in, new_id, seconds
 from .message import LISTENER, OPTION_CHECKS
 from .store import Store
 from .store.store import SUBMIT_BYTES, DeadPlace
@@ -67,6 +67,15 @@ class DeadPage:
     letters: list[JobRecord]
     #: What to pass as ``cursor`` for the next page; None when this was the last.
     cursor: str | None
+
+    def __len__(self) -> int:
+        return len(self.letters)
+
+    def __iter__(self) -> Iterator[JobRecord]:
+        return iter(self.letters)
+
+    def __getitem__(self, index: int) -> JobRecord:
+        return self.letters[index]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +237,7 @@ class DeadLetters:
         body = b""
         if args is not None or kwargs is not None or msg is not None:
             body = self._edited(self._letter(job_id), args, kwargs, msg)
-        self._store.retry(job_id, body, states=(State.DEAD,))
+        self._store.retry(id_in(self._store.namespace, job_id), body, states=(State.DEAD,))
 
     def requeue_many(self, job_ids: Iterable[str]) -> Ids:
         """Puts those of these jobs back that are dead, in this order; their ids."""
@@ -308,7 +317,7 @@ class DeadLetters:
                 return
 
     def _letter(self, job_id: str) -> DeadLetter:
-        [found] = self._store.records_and_bodies([job_id])
+        [found] = self._store.records_and_bodies([id_in(self._store.namespace, job_id)])
         if found is None:
             raise JobNotFound.of(job_id, self._store.namespace)
         return DeadLetter.of(*found)

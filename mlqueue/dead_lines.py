@@ -15,7 +15,19 @@ from typing import Any, Final
 
 from . import codec
 from .errors import DecodeError, InvalidJob
-from .job import Attempt, DeadReason, JobError, JobRecord, NewJob, State, Usage, check_id, seconds, timestamp
+from .job import (
+    Attempt,
+    DeadReason,
+    JobError,
+    JobRecord,
+    NewJob,
+    SavedCheckpoint,
+    State,
+    Usage,
+    check_id,
+    seconds,
+    timestamp,
+)
 from .message import check_options
 from .store.chunks import BodyReference
 from .store.records import CALLBACKS, pack_dead
@@ -78,6 +90,7 @@ EXPORTED: Final = (
     "fair_by",
     "unique_key",
     "has_checkpoint",
+    "resumed_from",
 )
 
 #: The largest checkpoint that travels in a line, in bytes.
@@ -155,7 +168,9 @@ def _read_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     if "webhook" in fields:
         fields["webhook"] = Webhook.of(fields["webhook"])
-    fields["id"] = check_id(entry.get("id"))
+    if entry.get("id") is None:
+        raise InvalidJob("id is missing: it is the id that the job had, by which it is imported once.")
+    fields["id"] = check_id(entry["id"])
     for name in ("queue", "actor"):
         fields[name] = _field(entry, name, _is_name, "a text that is not empty")
     if fields["queue"] == CALLBACKS:
@@ -222,6 +237,7 @@ def _read_record(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> JobReco
         progress=_progress(entry),
         progress_note=_text(entry, "progress_note"),
         error=_read_error(entry),
+        resumed_from=_read_saved(entry),
         attempts=tuple(
             map(_read_attempt, _field(entry, "attempts", _are_attempts, "a list of at most 50 objects", []))
         ),
@@ -238,7 +254,19 @@ def _read_attempt(entry: Mapping[str, Any]) -> Attempt:
         stage=_text(entry, "stage"),
         error=_read_error(entry),
         usage=_read_usage(entry),
+        resumed_from=_read_saved(entry),
     )
+
+
+def _read_saved(entry: Mapping[str, Any]) -> SavedCheckpoint | None:
+    saved = _field(
+        entry, "resumed_from", lambda value: value is None or isinstance(value, dict), "an object, or null", None
+    )
+    if saved is None:
+        return None
+    at = timestamp(saved.get("saved_at"), "saved_at") or 0.0
+    attempt, size = (_field(saved, name, _is_count, "an int, 0 or more") for name in ("attempt", "size"))
+    return SavedCheckpoint(attempt=attempt, saved_at=at, size=size)
 
 
 def _read_usage(entry: Mapping[str, Any]) -> Usage | None:

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -24,6 +25,7 @@ from dramatiq.middleware.shutdown import Shutdown
 from dramatiq.middleware.threading import Interrupt, raise_thread_exception
 
 from .board import Slot
+from .interrupting import LOOK_EVERY, PATIENCE, importing
 from .job import DeadReason, JobError, NewJob, Result, seconds
 from .store import Held, Settle
 from .store.chunks import BodyReference
@@ -49,7 +51,8 @@ class HandBack(BaseException):
 
 class Cancelled(Interrupt):
     """Raised in a running job when it is cancelled, and in one that has been taken from its worker. A BaseException:
-    ``except Exception`` does not catch it. It is seen at the next line of Python: a call into C ends first."""
+    ``except Exception`` does not catch it. It is seen at the next line of Python: a call into C ends first, and so does
+    an import, up to 30 seconds."""
 
 
 class Retry(dramatiq.Retry):
@@ -151,11 +154,30 @@ class Delivery(MessageProxy):
             if self.interrupt_reason:
                 return
             self.interrupt_reason = reason
-            if self._running_in is not None and self.wake_waiting is None:
-                raise_thread_exception(self._running_in, Cancelled)
             wake = self.wake_waiting
+            if wake is None and self._running_in is not None and not self._strike(PATIENCE):
+                threading.Thread(target=self._strike_later, name="mlqueue-interrupt", daemon=True).start()
         if wake is not None:
             wake()
+
+    def _strike(self, patience: float) -> bool:
+        """Raises `Cancelled` in the job's thread, if it does not import something just now, or has long enough."""
+        assert self._running_in is not None
+        if patience > 0 and importing(self._running_in):
+            return False
+        raise_thread_exception(self._running_in, Cancelled)
+        return True
+
+    def _strike_later(self) -> None:
+        until = time.monotonic() + PATIENCE
+        done = False
+        while not done:
+            threading.Event().wait(LOOK_EVERY)
+            with self._interrupting:
+                # Who waits now has seen the reason before.
+                done = (
+                    self._running_in is None or self.wake_waiting is not None or self._strike(until - time.monotonic())
+                )
 
     def extend_to(self, total: float) -> None:
         """Its limits are over `total` seconds later than they were at its start. Called in any thread."""

@@ -150,7 +150,7 @@ class JobNotFound(MLQueueError, KeyError):
     exit_code = 3
 
     @classmethod
-    def of(cls, job_id: str, namespace: str) -> JobNotFound:
+    def of(cls, job_id: object, namespace: str) -> JobNotFound:
         """The error for an id that the store does not know.
 
         It may never have existed, it may have expired (``result_ttl``), or it belongs to another namespace.

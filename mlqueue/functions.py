@@ -174,7 +174,14 @@ def keyring(settings: Settings) -> Keyring:
 
 def verify(ring: Keyring, namespace: str, item: StoredFunction) -> None:
     """Raises `SignatureInvalid` unless one of the keys has signed this function for this namespace."""
-    ring.verify(item.signature, *_parts(namespace, item))
+    try:
+        ring.verify(item.signature, *_parts(namespace, item))
+    except SignatureInvalid:
+        raise SignatureInvalid(
+            f"the signature of the function {item.name!r} is of another key than those that are set here "
+            f"(MLQUEUE_SIGNING_KEY), or for another namespace than {namespace!r}; nothing of it was loaded. Sign it "
+            f"with that key for this one: sign_function(fn, key, namespace={namespace!r})."
+        ) from None
 
 
 def _signed(ring: Keyring, namespace: str, name: str, serial: int, code: bytes) -> StoredFunction:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
-from .errors import InvalidJob
+from .errors import InvalidJob, JobNotFound
 from .webhooks import Webhook
 
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "NewJob",
     "Point",
     "Result",
+    "SavedCheckpoint",
     "State",
     "Usage",
     "check_id",
+    "id_in",
     "new_id",
 ]
 
@@ -110,7 +112,7 @@ class JobError:
     def text(self) -> str:
         """The error as a traceback ends: ``ValueError: no such file``."""
         kind = self.type.removeprefix("builtins.")
-        return f"{kind}: {self.message}" if kind else self.message
+        return f"{kind}: {self.message}" if kind and self.message else kind or self.message
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +167,18 @@ class Metric(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCheckpoint:
+    """A checkpoint of a job, without its contents."""
+
+    #: The attempt that saved it.
+    attempt: int
+    #: When; Unix seconds, by the server's clock.
+    saved_at: float
+    #: Bytes.
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """A start of a job that did not end in success."""
 
@@ -183,6 +197,8 @@ class Attempt:
     stage: str | None = None
     #: What it used; None where it was not measured.
     usage: Usage | None = None
+    #: The checkpoint that it began from; None when there was none, or one that was imported.
+    resumed_from: SavedCheckpoint | None = None
 
 
 class CallbackState(StrEnum):
@@ -384,6 +400,8 @@ class JobRecord:
     callback_attempts: tuple[CallbackAttempt, ...] = ()
     #: What the last attempt used, or uses; None where that was not measured.
     usage: Usage | None = None
+    #: The checkpoint that the last attempt began from; None when there was none, or one that was imported.
+    resumed_from: SavedCheckpoint | None = None
     #: When it will start, as it seems, of a job that waits; only where that was asked for (`Job.estimated_start`).
     estimated_start: float | None = dataclasses.field(default=None, compare=False)
     #: Where it is told of and what, and how the latest event stands; with the full record only.
@@ -394,8 +412,9 @@ class JobRecord:
     def short_text(self) -> str:
         """The short result as text, for where it has no type: ``str()`` of it, empty when there is none, and the first
         line of the error when the job is dead."""
-        if self.state is State.DEAD and self.error is not None:
-            return self.error.text.strip().partition("\n")[0][: Result.MAX_SHORT]
+        if self.state is State.DEAD:
+            text = self.error.text.strip() if self.error is not None else ""
+            return (text or str(self.dead_reason or "")).partition("\n")[0][: Result.MAX_SHORT]
         return "" if self.short_result is None else str(self.short_result)
 
     def asdict(self) -> dict[str, Any]:
@@ -425,6 +444,13 @@ def check_id(job_id: object) -> str:
             f"job id {job_id!r}: an id is a str of 1 to 128 letters, digits, '.', '_' or '-'. "
             "Leave it out to get one that is unique."
         )
+    return job_id
+
+
+def id_in(namespace: str, job_id: object) -> str:
+    """The id of a job that is asked for. Raises `JobNotFound` for what no job can have as an id, None for one."""
+    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+        raise JobNotFound.of(job_id, namespace)
     return job_id
 
 

@@ -28,7 +28,7 @@ from .delivery import HandBack, current_delivery
 from .errors import InvalidJob, StoreUnavailable
 from .functions import QUEUE, Function, check_listener, name_of
 from .handle import Job
-from .job import Result
+from .job import Result, id_in
 from .loading import LoadedFunctions
 from .pump import Pump
 
@@ -157,7 +157,8 @@ class Listeners:
 
     def _block_until_result(self, job_id: str, timeout: float | timedelta | None = None) -> Any:
         """The short result of another job if it has one, else the full one, when it has ended."""
-        result = Job[Any](self._broker.store, job_id).full_result(timeout)
+        store = self._broker.store
+        result = Job[Any](store, id_in(store.namespace, job_id)).full_result(timeout)
         return result.full if result.short is None else result.short
 
     # The worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from .errors import InvalidJob
-from .job import JobRecord, Result, State
+from .job import DeadReason, JobRecord, Result, State
 from .message import LISTENER, decode_body
 from .store import Store
 from .store.store import Outcome
@@ -41,7 +41,7 @@ def job_dict(store: Store, job_id: str) -> dict[str, Any]:
         "short_result": short,
         "result": full,
         "callback": record.callback,
-        "retries": record.retries + record.crashes + record.stalls + record.timeouts,
+        "retries": _retries(record, store.settings.max_stalls),
         "functions": list(record.functions) or None,
         "msg": _msg(record.actor, body),
     }
@@ -53,6 +53,14 @@ def progress_text(record: JobRecord) -> str:
     if text is None:
         text = "[started]" if record.progress is None else str(record.progress)
     return text
+
+
+def _retries(record: JobRecord, max_stalls: int) -> int:
+    """How often it was started anew, whatever for. The crash or the loss that it died of has started nothing."""
+    counted = record.retries + record.crashes + record.stalls + record.timeouts
+    lost = record.stalls >= (max_stalls if record.max_stalls is None else record.max_stalls)
+    died_of_it = record.dead_reason is DeadReason.CRASHED or (record.dead_reason is DeadReason.STALLED and lost)
+    return counted - 1 if died_of_it and counted else counted
 
 
 def _progress(record: JobRecord) -> int | float | str | None:

@@ -360,23 +360,39 @@ class _Checker:
 
     def _any_of(self, schema: Schema, value: Any, path: str) -> Any:
         before = self.faults
-        gathered = []
         for part in schema["anyOf"]:
             self.faults = []
             checked = self(part, value, path)
             if not self.faults:
                 self.faults = before
                 return checked
+        parts = self._parts(schema)
+        gathered = []
+        for part in parts:
+            self.faults = []
+            self(part, value, path)
             gathered.append(self.faults)
         self.faults = before
-        # The one that came furthest is what was meant: its fault is the deepest.
+        # The one that came furthest is what was meant: its fault is the deepest, or it is the only one for such values.
         closest = max(gathered, key=lambda faults: len(faults[0][0]))
-        if len(closest[0][0]) > len(path):
+        told = len(closest[0][0]) > len(path)
+        of_kind = [faults for part, faults in zip(parts, gathered, strict=True) if _is_for(part, value)]
+        if not told and len(of_kind) == 1:
+            closest, told = of_kind[0], True
+        if told:
             for fault in closest:
                 self.fault(*fault)
         else:
-            self.fault(path, f"is {_what(value)}; allowed is {' or '.join(map(_name, schema['anyOf']))}")
+            self.fault(path, f"is {_what(value)}; allowed is {' or '.join(map(_name, parts))}")
         return value
+
+    def _parts(self, schema: Schema) -> list[Schema]:
+        """The schemas of which one is to fit, none of them again one of several."""
+        while "$ref" in schema:
+            schema = self.definitions[schema["$ref"].rpartition("/")[2]]
+        if isinstance(schema.get("type"), list):
+            return [{**schema, "type": one} for one in schema["type"]]
+        return [leaf for part in schema["anyOf"] for leaf in self._parts(part)] if "anyOf" in schema else [schema]
 
     def _enum(self, schema: Schema, value: Any, path: str) -> Any:
         allowed = [schema["const"]] if "const" in schema else schema["enum"]
@@ -521,6 +537,15 @@ _TYPES: Final[Mapping[str, Callable[[_Checker, Schema, Any, str], Any]]] = {
     "object": _Checker._object,
 }
 
+#: What the values are that a type refuses for no other reason than what they are.
+_PYTHON: Final[Mapping[str, type | tuple[type, ...]]] = {
+    "integer": (int, float),
+    "number": (int, float),
+    "string": str,
+    "array": (list, tuple),
+    "object": dict,
+}
+
 _MOMENTS: Final[Mapping[str, tuple[Any, str]]] = {
     "date-time": (datetime, "2026-01-31T12:00:00+00:00"),
     "date": (date, "2026-01-31"),
@@ -535,6 +560,13 @@ _NAMES: Final = {
     "array": "a list",
     "object": "an object",
 }
+
+
+def _is_for(schema: Schema, value: Any) -> bool:
+    """Whether a schema is for values like this one, and has refused it for how long, how large or what it is."""
+    kind = schema.get("type")
+    kinds = _PYTHON.get(kind, ()) if isinstance(kind, str) and "enum" not in schema else ()
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _name(schema: Schema) -> str:

@@ -27,7 +27,7 @@ from .storeurl import parse_store_url
 from .urlpolicy import is_url, policy_of
 from .webhooks import keys_of
 
-__all__ = ["PREFIX", "Described", "Settings", "parse_duration", "parse_endpoint"]
+__all__ = ["PREFIX", "Described", "Settings", "parse_duration", "parse_endpoint", "server_url"]
 
 #: What the name of every environment variable of ours begins with.
 PREFIX = "MLQUEUE_"
@@ -283,6 +283,18 @@ def parse_endpoint(text: str) -> tuple[str, int] | None:
     if match is None or not text or int(match[2] or 0) > 65535:
         return None
     return match[1].strip("[]"), int(match[2] or 0)
+
+
+def server_url(host: object = None, port: object = None, database: object = None) -> str:
+    """The URL of a server that is given as MLQ took it. Raises `SettingsError` for what is no host."""
+    host = "localhost" if host is None else host
+    if not isinstance(host, str) or not host or "/" in host:
+        raise SettingsError(
+            f"redis_host={host!r}: give the name or address of the server alone, such as 'localhost'; a URL goes by "
+            "its name, url='redis://localhost:6379/0'."
+        )
+    number, index = 6379 if port is None else port, 0 if database is None else database
+    return f"redis://{f'[{host}]' if ':' in host else host}:{number}/{index}"
 
 
 def _with_unit(text: str, units: Mapping[str, float]) -> float | None:

@@ -32,7 +32,7 @@ class Keyring:
         """Raises `SigningKeyMissing` when there are no keys."""
         if not keys:
             raise SigningKeyMissing(
-                f"No signing key is set, and {purpose} needs one: code is only loaded from who has it. Set "
+                f"No signing key is set, and one is needed ({purpose}): code is only loaded from who has it. Set "
                 f"MLQUEUE_SIGNING_KEY to the same secret for whoever sends and for the workers, for example the output "
                 f"of: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
             )

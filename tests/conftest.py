@@ -106,6 +106,12 @@ def sockets() -> set[str]:
 
 
 @pytest.fixture(autouse=True)
+def no_global_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test's first app is Dramatiq's global broker, whatever tests before it have made."""
+    monkeypatch.setattr(dramatiq.broker, "global_broker", None)
+
+
+@pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fails a test after which there is a thread, a child process or a socket that was not there before."""
     before = threads(), children(), sockets()

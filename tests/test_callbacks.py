@@ -147,7 +147,7 @@ def test_failure_tells_0_and_the_first_line_of_the_error(mlq: MLQ, start_worker:
         for job in jobs:
             ended(job)
         told = [call.told for job in jobs for call in hook.of(job.id)]
-    assert told == [("0", "ValueError: no such file"), ("0", "ValueError:"), ("0", f"ValueError: {'x' * 988}")]
+    assert told == [("0", "ValueError: no such file"), ("0", "ValueError"), ("0", f"ValueError: {'x' * 988}")]
 
 
 def test_a_job_that_failed_first_and_then_succeeded_tells_of_its_success_once(

@@ -347,6 +347,7 @@ def test_jobs_are_listed_filtered_and_paged(folder: Folder) -> None:
     assert (2, [2], {}, ["t0"]) == (shown["position"], shown["args"], shown["kwargs"], shown["tags"])
     assert "queued, 2 ahead" in folder("show", ids[2]).text
     assert "priority    -5" in folder("show", late).text
+    assert "prolonged" not in folder("show", late).text
 
 
 def test_jobs_are_cancelled_and_retried_each_with_its_outcome(folder: Folder) -> None:

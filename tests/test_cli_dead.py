@@ -355,7 +355,8 @@ def test_functions_and_callback_reach_the_job(folder: Folder, mlq: MLQ, args: li
 def test_a_post_that_cannot_be_is_refused(folder: Folder, mlq: MLQ) -> None:
     for args, said in (
         (["x", "--callback", "ftp://host/"], "option callback='ftp://host/': it must be a URL"),
-        (["--functions", "a", "b"], "Missing argument 'MESSAGE'"),
+        (["--functions", "a", "b"], "none is left for MESSAGE: write that before it, or behind --"),
+        ([], "Missing argument 'MESSAGE'"),
         (["x", "--functions"], "requires an argument"),
         (["x", "y"], "Got unexpected extra argument"),
     ):
@@ -373,7 +374,17 @@ def test_the_store_can_be_named_in_mlqs_words(folder: Folder, tmp_path: Path) ->
             ran = folder(*command, "--redis_host", "127.0.0.1", "--redis_port", "1")
             assert ran.code == 4
             assert "redis://127.0.0.1:1/0 cannot be reached" in ran.err
-        assert "redis://localhost:1/0 cannot be reached" in folder("post", "x", "--redis_port", "1").err
+        # MLQ's one parser took them anywhere.
+        for words in (
+            ["post", "x", "--redis_port", "1"],
+            ["--redis_port", "1", "post", "x"],
+            ["jobs", "--redis_port", "1"],
+        ):
+            assert "redis://localhost:1/0 cannot be reached" in folder(*words).err
+        assert (
+            "redis://[::1]:1/0 cannot be reached"
+            in folder("dead", "ls", "--redis_host", "::1", "--redis_port", "1").err
+        )
         ran = folder("post", "x", "--redis_host", "h", "--url", "redis://localhost:1/0")
         assert ran.code == 2
         assert "both --url (redis://localhost:1/0) and --redis_host" in ran.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import random
 import threading
@@ -74,6 +75,14 @@ def test_a_refused_command_costs_no_connection_and_a_broken_one_does(connector: 
     # The server ends it, and those that lie idle.
     connector.client.client_kill_filter(_id=first)
     assert first < connector.execute("CLIENT", "ID")
+
+
+def test_a_database_that_the_server_does_not_have_is_refused_with_what_decides_it(server: Settings) -> None:
+    address, _, _ = (server.url or "").partition("?")
+    connector = Connector(dataclasses.replace(server, url=f"{address}?db=99"))
+    with pytest.raises(StoreError, match="It has so many databases as its setting `databases` says"):
+        connector.execute("PING")
+    connector.close()
 
 
 def test_calls_at_a_time_have_a_connection_each_and_few_are_kept(connector: Connector) -> None:

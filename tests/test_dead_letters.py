@@ -24,7 +24,7 @@ from support import counting_proxy, eventually, fresh_app
 from mlqueue import MLQ, DeadReason, InvalidJob, InvalidTransition, JobNotFound, Settings, State, codec, current_job
 from mlqueue.dead_letters import BATCH, LOOKS, PAGE
 from mlqueue.dead_lines import IMPORTABLE, read_line
-from mlqueue.job import Attempt, JobError, JobRecord, NewJob, new_id
+from mlqueue.job import Attempt, JobError, JobRecord, NewJob, SavedCheckpoint, new_id
 from mlqueue.message import LIFTED, LISTENER, OPTION_CHECKS
 from mlqueue.store import Settle, Store
 from mlqueue.store.records import CALLBACK, CALLBACKS, pack_dead
@@ -306,6 +306,9 @@ def test_pages_hold_while_letters_come_and_go(mlq: MLQ) -> None:
     ids = bury_many(mlq.store, 10, lambda i: {})
     page = mlq.dead_letters.list(limit=4)
     assert ids[:4] == [record.id for record in page.letters]
+    assert (ids[:4], 4, ids[0]) == ([record.id for record in page], len(page), page[0].id)
+    dead = mlq.jobs(state="dead")
+    assert (10, set(ids), dead.jobs[0]) == (len(dead), {record.id for record in dead}, dead[0])
     mlq.dead_letters.purge([ids[3], ids[5]])  # the one to go on behind, and one that is still to come
     bury(mlq.store, finished_at=NOW + 1)
     page = mlq.dead_letters.list(limit=4, cursor=page.cursor)
@@ -677,7 +680,10 @@ def whole(mlq: MLQ, job_id: str) -> tuple[JobRecord, bytes]:
 
 def test_what_was_exported_is_imported_as_it_was(mlq: MLQ, server: Settings, tmp_path: Path) -> None:
     attempt = Attempt(attempt=1, worker="w1", started_at=NOW - 4, ended_at=NOW - 3, outcome="failed", error=ERROR)
-    stall = Attempt(attempt=2, worker="w2", started_at=NOW - 3, ended_at=NOW - 2, outcome="stalled", error=None)
+    saved = SavedCheckpoint(attempt=1, saved_at=NOW - 3.5, size=7)
+    stall = Attempt(
+        attempt=2, worker="w2", started_at=NOW - 3, ended_at=NOW - 2, outcome="stalled", error=None, resumed_from=saved
+    )
     ids = [
         bury(
             mlq.store,
@@ -701,6 +707,7 @@ def test_what_was_exported_is_imported_as_it_was(mlq: MLQ, server: Settings, tmp
             worker="w3",
             progress=math.inf,
             progress_note="nearly",
+            resumed_from=dataclasses.replace(saved, attempt=2),
             attempts=(attempt, stall),
         ),
         bury(mlq.store, actor=LISTENER, functions=("greet", "count, twice")),
@@ -803,7 +810,7 @@ def body_with(**options: Any) -> str:
     ("change", "said"),
     [
         ({"id": "a b"}, "job id 'a b': an id is"),
-        ({"id": None}, "job id None: an id is"),
+        ({"id": None}, "id is missing: it is the id that the job had"),
         ({"actor": ""}, "actor is ''; it must be a text that is not empty"),
         ({"actor": "\ud800"}, "actor is '.ud800'; it must be a text"),
         ({"queue": 5}, "queue is 5; it must be a text"),
@@ -834,6 +841,8 @@ def body_with(**options: Any) -> str:
         ({"attempts": [5]}, r"attempts is \[5\]; it must be a list of at most 50 objects"),
         ({"attempts": [{}] * 51}, "it must be a list of at most 50 objects"),
         ({"attempts": [{"attempt": 1}]}, "outcome is missing; it must be a text"),
+        ({"resumed_from": [1]}, r"resumed_from is \[1\]; it must be an object, or null"),
+        ({"resumed_from": {"saved_at": 1.0, "size": 1}}, "attempt is missing; it must be an int, 0 or more"),
         ({"worker": 5}, "worker is 5; it must be a text, or null"),
         ({"progress": [1]}, r"progress is \[1\]; it must be a number, a text or null"),
     ],
@@ -858,7 +867,7 @@ def test_a_line_that_is_no_letter_is_an_error_with_its_number_and_those_before_i
         ("{", "it is no JSON"),
         ("[" * 100_000, "it is no JSON"),
         ("[1]", "it is JSON, but a list; a dead letter is an object"),
-        ("{}", "job id None"),
+        ("{}", "id is missing"),
     ],
     ids=["no UTF-8", "cut off", "too deep", "a list", "empty"],
 )

@@ -18,7 +18,7 @@ from support import eventually
 from worker_processes import Site
 
 import mlqueue.joblib
-from mlqueue import JobFailed, MissingDependency, Settings, SettingsError, SigningKeyMissing, State
+from mlqueue import DeadReason, JobFailed, MissingDependency, Settings, SettingsError, SigningKeyMissing, State
 from mlqueue.calls import CALL, QUEUE, sign_call
 
 KEY = "a-secret-of-this-site"
@@ -122,6 +122,8 @@ def test_a_call_whose_worker_dies_runs_again(parallel: joblib.Parallel, tmp_path
 def test_a_call_that_kills_every_worker_is_an_error(site: Site) -> None:
     with joblib.parallel_config(backend="mlqueue", mlq=site.mlq, n_jobs=2), pytest.raises(JobFailed, match="crashed"):
         joblib.Parallel()([delayed(lambda: os.kill(os.getpid(), signal.SIGKILL))()])
+    assert [DeadReason.CRASHED] == [letter.dead_reason for letter in site.mlq.dead_letters]
+    site.mlq.dead_letters.purge_all()
 
 
 def test_a_grid_search_finds_what_it_finds_elsewhere(site: Site) -> None:
@@ -221,6 +223,7 @@ def test_calls_under_way_are_cancelled_when_one_fails(site: Site) -> None:
     ):
         joblib.Parallel()(delayed(fails_or_waits)(n) for n in range(6))
     eventually(lambda: not site.mlq.jobs(state=[State.RUNNING, State.QUEUED]).jobs)
+    site.mlq.store.remove([record.id for record in site.mlq.jobs(state=State.CANCELLED).jobs])
 
 
 def test_anything_but_an_app_is_refused() -> None:

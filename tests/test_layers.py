@@ -22,7 +22,7 @@ PACKAGE = ROOT / "mlqueue"
 #: The layers, lowest first. A module imports from lower ones; those of one layer do not import each other. The modules
 #: of a package may, as long as they make no cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "processes", "_keeper", "urlpolicy", "files", "values", "board", "storeurl"),
+    ("errors", "processes", "_keeper", "urlpolicy", "files", "values", "board", "storeurl", "interrupting"),
     ("outliving", "webhooks"),
     ("settings", "codec", "job", "embedded", "schema"),
     ("store", "encoder"),

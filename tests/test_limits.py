@@ -204,6 +204,29 @@ def test_a_job_that_needs_more_than_there_is_waits_and_holds_up_nobody(mlq: MLQ,
     ended([waits])
 
 
+def test_a_job_whose_actor_may_not_run_now_keeps_no_slots_from_others(mlq: MLQ, start_worker: StartWorker) -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    @mlq.actor(resources={"gpu": 2}, concurrency=1)
+    def pair() -> None: ...
+
+    @mlq.actor(resources={"gpu": 1})
+    def single() -> None:
+        together.wait()
+
+    mlq.limits.set("gpu", 2)
+    mlq.limits.set("@pair", 0)
+    waits = pair.submit()
+    start_worker(threads=2)
+    first = single.submit()
+    eventually(lambda: first.state is State.RUNNING)
+    # One slot is free: fewer than the pair lacks, but it could not run with two.
+    ended([first, single.submit()])
+    assert waits.state is State.QUEUED
+    mlq.limits.set("@pair", 1)
+    ended([waits])
+
+
 # Every way out of running
 
 
@@ -374,6 +397,26 @@ def test_a_turn_may_be_that_of_a_tag_and_priorities_hold_within_it(
     ended(jobs)
     assert diary.all("start").index(2) < diary.all("start").index(1)
     assert diary.all("start").index(3) < diary.all("start").index(1)
+
+
+def test_jobs_with_a_key_do_not_stand_behind_those_without_one_that_wait_in_turn(
+    mlq: MLQ, start_worker: StartWorker
+) -> None:
+    let_go = threading.Event()
+
+    @mlq.actor(concurrency=1, fair_by=lambda who: who)
+    def fetch(who: str) -> str:
+        assert who != "holder" or let_go.wait(20)
+        return who
+
+    holder = fetch.submit("holder")
+    start_worker(threads=2)
+    eventually(lambda: holder.state is State.RUNNING)
+    waits = fetch.submit("ann")
+    assert "bob" == fetch.with_options(concurrency_key="a.example").submit("bob").result(timeout=5)
+    assert waits.state is State.QUEUED
+    let_go.set()
+    assert "ann" == waits.result(timeout=5)
 
 
 def test_posted_jobs_take_turns_too(mlq: MLQ, start_worker: StartWorker) -> None:

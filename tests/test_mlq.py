@@ -16,7 +16,7 @@ from support import StartWorker, eventually, fresh_app
 
 import mlqueue
 import mlqueue.queue
-from mlqueue import MLQ, InvalidJob, JobNotFound, Settings, State, StoreUnavailable
+from mlqueue import MLQ, InvalidJob, JobNotFound, Settings, SettingsError, State, StoreUnavailable
 from mlqueue.job import NewJob, new_id
 from mlqueue.message import LISTENER
 
@@ -60,6 +60,35 @@ def test_host_and_port_go_before_the_url_of_the_environment(monkeypatch: pytest.
     assert MLQ("app", "localhost", 6380, 3).settings.url == "redis://localhost:6380/3"
     assert MLQ("app").settings.url == "redis://elsewhere:1/0"
     assert MLQ("app", url="redis://there/2").settings.url == "redis://there/2"
+
+
+def test_the_arguments_may_be_given_by_the_names_that_they_have_in_mlq(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLQUEUE_NAMESPACE", "elsewhere")
+    mlq = MLQ(q_name="app", redis_host="localhost", redis_port=6380, redis_db=3)
+    assert (mlq.name, mlq.settings.url) == ("app", "redis://localhost:6380/3")
+    with pytest.raises(SettingsError, match="both a name"):
+        MLQ("app", q_name="other")
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({"redis_port": 6380}, "redis://localhost:6380/0"),
+        ({"redis_port": 6379}, "redis://localhost:6379/0"),
+        ({"redis_db": 2}, "redis://localhost:6379/2"),
+        ({"redis_host": "there"}, "redis://there:6379/0"),
+        ({"redis_host": "::1", "redis_port": 6380}, "redis://[::1]:6380/0"),
+    ],
+    ids=str,
+)
+def test_a_port_or_a_database_alone_is_not_passed_over(given: dict[str, Any], url: str) -> None:
+    assert MLQ("app", **given).settings.url == url
+
+
+@pytest.mark.parametrize("host", ["redis://localhost:6379", "", b"localhost"], ids=repr)
+def test_what_is_no_host_is_refused_with_the_cure(host: Any) -> None:
+    with pytest.raises(SettingsError, match=r"redis_host=.* url='redis://localhost:6379/0'"):
+        MLQ("app", host)
 
 
 @pytest.mark.parametrize("call", ["post", "get_job", "create_listener", "create_reaper"])
@@ -150,6 +179,7 @@ def test_what_is_posted_is_kept_for_ever_unless_it_says_otherwise(mlq: MLQ) -> N
         ({"functions": "my_func"}, r"functions=\['my_func'\]"),
         ({"functions": []}, "a list of 1 to 100 names"),
         ({"functions": [len]}, "a list of 1 to 100 names"),
+        ({"functions": 5}, r"give a list of names: functions=\[5\]"),
         ({"callback": "ftp://x"}, "callback='ftp://x'"),
         ({"dealy": 3}, "did you mean delay"),
         ({"result_ttl": "long"}, "result_ttl"),
@@ -232,7 +262,8 @@ def test_the_result_of_a_failure_is_never_empty(app: MLQ) -> None:
         raise AssertionError
 
     app.create_listener(listener)
-    assert "AssertionError" in ended(app, app.post("x"))["result"]
+    job = ended(app, app.post("x"))
+    assert (job["short_result"], job["result"]) == ("AssertionError", "AssertionError")
 
 
 def test_retries_are_counted(app: MLQ) -> None:
@@ -277,10 +308,12 @@ def test_a_job_whose_message_cannot_be_decoded_can_be_looked_at(app: MLQ) -> Non
 
 @pytest.mark.parametrize("call", ["get_job", "get_result", "get_progress"])
 def test_an_unknown_id_is_a_404_and_a_key_error(mlq: MLQ, call: str) -> None:
-    with pytest.raises(JobNotFound, match="no job 'nope'") as caught:
-        getattr(mlq, call)("nope")
-    assert isinstance(caught.value, KeyError)
-    assert caught.value.status == 404
+    for job_id in ("nope", "", 1, None, "\ud800"):
+        with pytest.raises(JobNotFound) as caught:
+            getattr(mlq, call)(job_id)
+        assert f"no job {job_id!r} in" in str(caught.value)
+        assert isinstance(caught.value, KeyError)
+        assert caught.value.status == 404
 
 
 def test_results_that_are_false_are_results(app: MLQ) -> None:

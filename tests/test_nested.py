@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import dramatiq
@@ -25,8 +29,10 @@ from mlqueue import (
     StoreUnavailable,
     WaitCycle,
     current_job,
+    delivery,
 )
 from mlqueue.job import new_id
+from mlqueue.middleware import timing
 
 
 def test_a_chain_of_fifty_nested_waits_ends_with_one_thread(mlq: MLQ, start_worker: StartWorker) -> None:
@@ -403,6 +409,63 @@ def test_a_running_job_that_is_cancelled_gets_cancelled_raised_in_it(mlq: MLQ, s
     eventually(lambda: len(seen) == 3)
     after.cancel()
     eventually(lambda: after.done)
+
+
+@pytest.fixture
+def slow_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module that imports another one, which takes 0.3 s in lines of Python."""
+    name = f"slow_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(f"begun = True\nimport {name}_too\ndone = True\n")
+    (tmp_path / f"{name}_too.py").write_text("import time\nfor _ in range(300):\n    time.sleep(0.001)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    sys.modules.pop(name, None)
+    sys.modules.pop(f"{name}_too", None)
+
+
+@pytest.mark.parametrize("by", ["cancel", "time limit"])
+def test_an_import_is_not_broken_off(mlq: MLQ, start_worker: StartWorker, slow_import: str, by: str) -> None:
+    seen: list[str] = []
+
+    @mlq.actor(max_retries=0, time_limit=100 if by == "time limit" else None)
+    def works() -> None:
+        importlib.import_module(slow_import)
+        loops(seen, "imported")
+
+    start_worker(threads=1)
+    job = works.submit()
+    if by == "cancel":
+        eventually(lambda: hasattr(sys.modules.get(slow_import), "begun"))
+        job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result(timeout=10)
+        assert "raised" == job.record.cancel_stage
+    else:
+        with pytest.raises(JobFailed, match="TimeLimitExceeded"):
+            job.result(timeout=10)
+    assert sys.modules[slow_import].done
+    assert "not stopped" not in seen
+
+
+@pytest.mark.parametrize("by", ["cancel", "time limit"])
+def test_an_import_that_does_not_end_is_broken_off_in_the_end(
+    mlq: MLQ, start_worker: StartWorker, slow_import: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "PATIENCE", 0.05)
+    monkeypatch.setattr(timing, "PATIENCE", 0.05)
+
+    @mlq.actor(max_retries=0, time_limit=50 if by == "time limit" else None)
+    def works() -> None:
+        importlib.import_module(slow_import)
+
+    start_worker(threads=1)
+    job = works.submit()
+    if by == "cancel":
+        eventually(lambda: hasattr(sys.modules.get(slow_import), "begun"))
+        job.cancel()
+    with pytest.raises(JobCancelled if by == "cancel" else JobFailed):
+        job.result(timeout=10)
+    assert slow_import not in sys.modules
 
 
 def test_an_async_job_that_is_cancelled_is_stopped_where_it_awaits(mlq: MLQ, start_worker: StartWorker) -> None:

@@ -60,7 +60,7 @@ def test_the_key_of_a_purpose_is_derived_as_rfc_5869_says() -> None:
 
 
 def test_without_a_key_nothing_is_signed_or_verified() -> None:
-    with pytest.raises(SigningKeyMissing, match="posted function needs one"):
+    with pytest.raises(SigningKeyMissing, match=r"one is needed \(posted function\)"):
         Keyring.of(Settings(), "posted function")
 
 

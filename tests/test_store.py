@@ -812,6 +812,30 @@ def test_a_checkpoint_survives_everything_but_success(store: Store, size: int) -
     assert [key for key in keys(store) if key.startswith(("x:", "ck:"))] == []
 
 
+def test_a_record_says_which_checkpoint_each_attempt_began_from(store: Store) -> None:
+    job_id = submit(store)
+    hand = Hand(store)
+    first = hand.one()
+    store.save_checkpoint(job_id, first.attempt, b"a" * 10, "g1")
+    record = store.record(job_id)
+    assert record.resumed_from is None, "it had begun before"
+    hand.turn(1, reschedule(first, 0))
+    second = store.record(job_id)
+    assert second.resumed_from is not None
+    assert (1, 10, record.attempts) == (second.resumed_from.attempt, second.resumed_from.size, ())
+    assert record.started_at <= second.resumed_from.saved_at <= second.started_at  # type: ignore[operator]
+    store.save_checkpoint(job_id, 2, b"b" * 2 * CHUNK, "g2")
+    store.release(hand.name, "crash", "gone")
+    hand = Hand(store)
+    third = hand.one()
+    record = store.record(job_id)
+    assert record.resumed_from is not None
+    assert (2, 2 * CHUNK) == (record.resumed_from.attempt, record.resumed_from.size)
+    assert [None, second.resumed_from] == [attempt.resumed_from for attempt in record.attempts]
+    hand.turn(0, finish(third))
+    assert record.resumed_from == store.record(job_id).resumed_from
+
+
 def test_a_new_checkpoint_takes_the_place_of_the_old_ones_chunks(store: Store) -> None:
     submit(store)
     held = Hand(store).one()

@@ -244,10 +244,18 @@ class StoreMachine(RuleBasedStateMachine):
         return needs
 
     def room(self, name: str) -> int:
-        return self.capacity.get(name.partition("/")[0], 1) - len(self.held[name])
+        return self.most(name) - len(self.held[name])
+
+    def most(self, name: str) -> int:
+        return self.capacity.get(name.partition("/")[0], 1)
 
     def lacking(self, job: Model) -> list[tuple[str, int]]:
         return [(name, number) for name, number in self.needs(job) if number > self.room(name)]
+
+    def waits_for(self, lacking: list[tuple[str, int]]) -> str:
+        """The one of those limits that it waits for: one of which there never is as much, else the last."""
+        never = [name for name, number in lacking if number > self.most(name)]
+        return never[0] if never else lacking[-1][0]
 
     def acquire(self, job_id: str, lent: dict[str, tuple[list[str], list[str]]] | None = None) -> None:
         job = self.model[job_id]
@@ -319,10 +327,10 @@ class StoreMachine(RuleBasedStateMachine):
             if free:
                 found[lane] = free
             else:
-                for job_id in heads:
-                    for name, number in lacking[job_id][:1]:
-                        if number <= self.capacity.get(name.partition("/")[0], 1) and "/" not in name:
-                            claimed.add(name)
+                for lacks in filter(None, lacking.values()):
+                    name = self.waits_for(lacks)
+                    if dict(lacks)[name] <= self.most(name) and "/" not in name:
+                        claimed.add(name)
         return found
 
     # Workers

@@ -102,6 +102,7 @@ def test_a_poison_job_is_dead_after_three_starts_and_nobody_else(site: MakeSite)
     record = here.record(culprit)
     assert (record.state, record.dead_reason) == (State.DEAD, DeadReason.CRASHED)
     assert len(here.events(culprit, "start")) == record.attempt == record.crashes == 3
+    assert here.mlq.get_job(culprit.id)["retries"] == 2  # what it died of has started it no more
     assert "killed by signal 9 (SIGKILL)" in record.error.message
     assert all(here.record(job).state is State.SUCCEEDED for job in innocents)
     # Each innocent was given out once more for each crash that it was beside, and is blamed only if it had begun.

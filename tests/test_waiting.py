@@ -78,7 +78,7 @@ def test_a_timeout_says_where_the_job_stands_and_that_no_worker_is_there(mlq: ML
     with pytest.raises(ResultTimeout) as caught:
         job.result(timeout=0.01)
     assert str(caught.value) == (
-        f"job {job.id} is queued, 1 jobs ahead of it after 0.01 s; it goes on. Wait again, or longer. "
+        f"job {job.id} is queued, 1 job ahead of it after 0.01 s; it goes on. Wait again, or longer. "
         "No worker is alive: start one with `mlqueue worker MODULE`."
     )
     assert isinstance(caught.value, TimeoutError)

@@ -26,6 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -230,6 +231,8 @@ class Desk:
         self.closed = False
         #: What ended it, unless it was closed.
         self.failure: BaseException | None = None
+        #: What went wrong where another thread has taken up what a worker told.
+        self._fault: BaseException | None = None
         #: Called when it has closed; returns when the store has forgotten it.
         self.end_staff: Callable[[], None] = lambda: None
         self._ends = False
@@ -383,6 +386,8 @@ class Desk:
         while True:
             ready = self._poll.poll(self.terms.lease * 250)
             with self.lock:
+                if self._fault is not None:
+                    raise self._fault
                 if self._ends:
                     return
                 for fd, _ in ready:
@@ -401,6 +406,22 @@ class Desk:
     def wake(self) -> None:
         """Have the desk's thread look. Takes no lock."""
         self._bell.ring()
+
+    def _take_up(self, place: Place) -> None:
+        """What a worker has told, read by the thread that has received it; by ours where the desk is in use."""
+        if not self.lock.acquire(blocking=False):
+            place.peer.ring()
+            return
+        try:
+            if not self.closed and not self._ends and place.peer.serial in self._by_serial:
+                self._read(place)
+                self._sweep()
+                self._dispatch()
+        except BaseException as error:  # noqa: BLE001 - it ends the desk, as if its own thread had met it
+            self._fault = error
+            self.wake()
+        finally:
+            self.lock.release()
 
     def _accept(self, door: int) -> None:
         while (peer := self.listener.accept(door, next(self._serials))) is not None:
@@ -433,6 +454,7 @@ class Desk:
         place.known = True
         place.heard = place.idle_since = time.monotonic()
         self._by_serial[place.peer.serial] = place
+        place.peer.take_up = partial(self._take_up, place)
         self.come_jobs.append(place.peer.job)
         self._say_how(place.peer)
         others = [other for other in self.places.values() if other.known and other is not place and not other.leaving]
@@ -565,6 +587,7 @@ class Desk:
         fd = place.peer.socket.fileno()
         self._poll.unregister(fd)
         del self.places[fd]
+        place.peer.take_up = None
         place.peer.close()
         self._by_serial.pop(place.peer.serial, None)
         if place.known and not place.leaving:

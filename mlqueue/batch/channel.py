@@ -33,6 +33,8 @@ WAKE: Final = 1 << 18
 AHEAD: Final = 4096
 #: How long what was sent may stay unacknowledged, until the connection counts as broken; in seconds.
 UNHEARD: Final = 10.0
+#: The congestion control that every Linux has, and that does nothing but what TCP has to.
+PLAIN: Final = b"reno"
 IDLE: Final = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -80,12 +82,16 @@ class Channel:
 
     def _wake_later(self, left: int) -> bool:
         """Have the system wake us when there is much, unless little is left, for which we would wait in vain."""
-        later = left > 2 * WAKE and sys.platform == "linux" and not self._tls
-        least = WAKE if later else 1
-        if least != self._woken_at:
+        later = left > 2 * WAKE
+        return self.wake_for(WAKE if later else 1) and later
+
+    def wake_for(self, least: int) -> bool:
+        """Have the system wake who reads only for so many bytes, or for the end; whether it can do that."""
+        can = sys.platform == "linux" and not self._tls
+        if can and least != self._woken_at:
             self._woken_at = least
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
-        return later
+        return can
 
     def _take_ahead(self, target: memoryview) -> int:
         size = min(len(self._ahead), len(target))
@@ -190,8 +196,12 @@ class Channel:
 
 
 def tune(connection: socket.socket) -> None:
-    """Small records go at once, and a peer that cannot be reached any more is noticed."""
-    options = [
+    """Small records go at once, and a peer that cannot be reached any more is noticed.
+
+    Within a host no line is shared with others: a congestion control that spaces packets out, as BBR does, would only
+    take time.
+    """
+    options: list[tuple[int, str, Any]] = [
         (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 4),
@@ -199,10 +209,20 @@ def tune(connection: socket.socket) -> None:
         (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
         (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", int(UNHEARD * 1000)),
     ]
+    if is_within_host(connection):
+        options.append((socket.IPPROTO_TCP, "TCP_CONGESTION", PLAIN))
     for level, name, value in options:
         if hasattr(socket, name):
             with contextlib.suppress(OSError):
                 connection.setsockopt(level, getattr(socket, name), value)
+
+
+def is_within_host(connection: socket.socket) -> bool:
+    """Whether both ends have the same address."""
+    try:
+        return connection.family != socket.AF_UNIX and connection.getpeername()[0] == connection.getsockname()[0]
+    except OSError:
+        return False  # it has ended
 
 
 def unacknowledged(connection: socket.socket) -> int:

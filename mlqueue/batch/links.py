@@ -27,6 +27,7 @@ import tempfile
 import threading
 import uuid
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ class Peer(ABC):
     shares_slots = True
     #: The name of its host; empty where that is ours.
     host = ""
+    #: Has what was received from it taken up by the thread that calls this; the desk sets it, for a worker it knows.
+    take_up: Callable[[], None] | None = None
 
     def __init__(self, serial: int, connection: socket.socket) -> None:
         self.serial = serial
@@ -141,6 +144,9 @@ class Peer(ABC):
     def let_go(self) -> None:
         """In a fork of the trainer: close what it has got of the connection."""
         self.socket.close()
+
+    def ring(self) -> None:  # noqa: B027 - where there are no threads that hear it, its socket says so
+        """Have the desk's thread look."""
 
     def close(self) -> None:
         """Cut the connection. What the worker still writes goes nowhere."""

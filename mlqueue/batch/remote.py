@@ -7,7 +7,8 @@
     data       worker -> trainer   frames with a body: batches, errors
 
 Three roads, because a batch may take seconds where a beat must not wait. What a worker is preparing is told before it
-begins and after, so a batch that ends its worker is blamed, and not the one that was on its way.
+begins, and after unless it begins another, so a batch that ends its worker is blamed, and not the one that was on its
+way.
 
 A body is the content of a slot behind its header (see `transport`): arrays, and the description at `place`. The worker
 makes it in memory of its own and goes on with the next lease while a thread sends it; few such slots are the
@@ -50,8 +51,8 @@ ORDER: Final = struct.Struct("<B7xQQQQQQ")
 CALLED_OFF, GRANT, TAKEN_BACK, RECEIVED = 8, 9, 10, 20
 #: More frames: which lease is being prepared (0: none), and how many bytes one would take in the store.
 PREPARING, ASK = 17, 18
-#: The last frame, where its connections do not say so.
-BYE = 19
+#: The last frame, where its connections do not say so; and bytes that say nothing.
+BYE, PADDING = 19, 21
 #: Frames that have a body.
 WITH_BODY: Final = (links.DONE, links.FAILED, links.REFUSED)
 
@@ -255,6 +256,14 @@ class RemotePeer(Peer):
 
     # For the threads that hear it.
 
+    def announce(self) -> None:
+        """Have what was received taken up: here, where the desk lets us. Waking its thread would take longer than that.
+        No lock may be held."""
+        if self.take_up is None:
+            self.ring()
+        else:
+            self.take_up()
+
     def ring(self) -> None:
         """Have the desk look."""
         with self._ringing:
@@ -276,11 +285,12 @@ class RemotePeer(Peer):
         if frame.kind == links.SKIPPED:
             slot, _ = self._lease_of(frame)
             del self._held[frame.lease]
-            self._report(Report(links.SKIPPED, frame.lease, slot, 0, 0, 0))
+            self._reports.append(Report(links.SKIPPED, frame.lease, slot, 0, 0, 0))
         elif frame.kind in (links.BEAT, links.LEAVE):
-            self._report(Report(frame.kind, 0, 0, 0, 0, 0))
+            self._reports.append(Report(frame.kind, 0, 0, 0, 0, 0))
         else:
             raise Hostile(f"a worker on {self.host} has sent a frame of kind {frame.kind}; it is cut off.")
+        self.ring()
 
     def _lease_of(self, frame: Frame) -> tuple[int, Segment]:
         slot, segment = self._held.get(frame.lease, (-1, None))
@@ -290,7 +300,7 @@ class RemotePeer(Peer):
 
     def receive(self, frame: Frame, read_into: Callable[[memoryview], None], throw_away: Callable[[int], None]) -> None:
         """A frame with a body has come, which ``read_into(memory)`` puts where it belongs, or ``throw_away(bytes)``
-        where there is no memory for it. Raises Hostile, and what these two raise."""
+        where there is no memory for it. :meth:`announce` has it taken up. Raises Hostile, and what these two raise."""
         slot, segment = self._lease_of(frame)
         size = frame.place + frame.length - HEADER_BYTES
         fits = frame.size == size if not frame.codec else 0 < frame.size < size
@@ -321,7 +331,7 @@ class RemotePeer(Peer):
         self._codec = frame.codec
         self._check(frame, segment)
         del self._held[frame.lease]
-        self._report(Report(frame.kind, frame.lease, slot, frame.place, frame.length, frame.nanoseconds))
+        self._reports.append(Report(frame.kind, frame.lease, slot, frame.place, frame.length, frame.nanoseconds))
 
     def _fill(self, frame: Frame, target: memoryview, read_into: Callable[[memoryview], None]) -> None:
         if not frame.codec:
@@ -354,10 +364,6 @@ class RemotePeer(Peer):
                 f"a worker on {self.host} has sent what is no batch, and is cut off: {type(error).__name__}: {error}"
             ) from None
 
-    def _report(self, report: Report) -> None:
-        self._reports.append(report)
-        self.ring()
-
 
 # --- the worker's side ---
 
@@ -368,10 +374,17 @@ class RemoteLink(Link):
     def __init__(self, allowed: list[int], limit: int) -> None:
         #: The most bytes that the trainer takes as a batch.
         self._limit = limit
-        self._news = threading.Condition()
+        self._lock = threading.RLock()
+        #: Told of orders, and of what else changes; of batches to be sent; of memory that is free. One lock, so that
+        #: nobody is woken in vain: that takes as long as a small message.
+        self._news = threading.Condition(self._lock)
+        self._outgoing = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
         self._orders: deque[Order] = deque()
         self._requests: dict[int, bytes] = {}
         self._called_off: set[int] = set()
+        #: The lease that the trainer was last told to be prepared here.
+        self._told = 0
         self._free: list[SlotWriter] = []
         self._using: dict[int, SlotWriter] = {}
         self._made = 0
@@ -435,17 +448,24 @@ class RemoteLink(Link):
     def claim(self, order: Order) -> bytes | None:
         with self._news:
             request = self._requests.pop(order.number)
-            if order.number in self._called_off:
-                self._called_off.discard(order.number)
-                return None
-        self._tell(Frame(PREPARING, lease=order.number))
+            called_off = order.number in self._called_off
+            self._called_off.discard(order.number)
+        if called_off:
+            self._tell_preparing(0)
+            return None
+        self._tell_preparing(order.number)
         return request
+
+    def _tell_preparing(self, lease: int) -> None:
+        if lease != self._told:
+            self._told = lease
+            self._tell(Frame(PREPARING, lease=lease))
 
     def place(self, order: Order) -> SlotWriter:
         writer = self._using.get(order.number)
         if writer is None:
             with self._news:
-                self._news.wait_for(lambda: self._free or self._made < MOST_UNSENT or self._broken)
+                self._room.wait_for(lambda: self._free or self._made < MOST_UNSENT or self._broken)
                 self._raise_broken()
                 if self._free:
                     writer = self._free.pop()
@@ -461,12 +481,14 @@ class RemoteLink(Link):
         if kind == links.SKIPPED:
             self._tell(frame)
             return
-        self._tell(Frame(PREPARING))
         with self._news:
             self._raise_broken()
             self._called_off.discard(order.number)
             self._unsent.append((frame, self._using.pop(order.number)))
-            self._news.notify_all()
+            self._outgoing.notify_all()
+            goes_on = bool(self._orders) and self._orders[0].kind == links.LEASE
+        if not goes_on:  # else the trainer is told of the next at once, which says the same
+            self._tell_preparing(0)
 
     def tell(self, kind: int) -> None:
         self._tell(Frame(kind))
@@ -476,11 +498,11 @@ class RemoteLink(Link):
         deadline = time.monotonic() + FLUSH
         with self._news:
             while (self._unsent or self._sending or self._lent) and not self._broken and time.monotonic() < deadline:
-                self._news.wait(0.2)
+                self._room.wait(0.2)
                 with contextlib.suppress(OSError):
                     self._tell(Frame(links.BEAT))
             self._closing = True
-            self._news.notify_all()
+            self._notify_everybody()
         if not self._broken:
             with contextlib.suppress(Exception):
                 self._part()
@@ -507,8 +529,12 @@ class RemoteLink(Link):
         with self._news:
             if self._broken is None:
                 self._broken = bare(error)
-            self._news.notify_all()
+            self._notify_everybody()
         self._cut()
+
+    def _notify_everybody(self) -> None:
+        for condition in (self._news, self._outgoing, self._room):
+            condition.notify_all()
 
     # The threads
 
@@ -518,7 +544,6 @@ class RemoteLink(Link):
                 record, content = self._next_order()
                 with self._news:
                     self._obey(record, content)
-                    self._news.notify_all()
         except BaseException as error:  # noqa: BLE001 - whoever waits is told
             self._break(error)
 
@@ -538,12 +563,13 @@ class RemoteLink(Link):
             fd = os.dup(content.fd)
             content.close()
         self._orders.append(Order(record.kind, record.number, record.slot, record.place, record.length, record.how, fd))
+        self._news.notify_all()
 
     def _send_all(self) -> None:
         try:
             while True:
                 with self._news:
-                    self._news.wait_for(lambda: self._unsent or self._closing or self._broken)
+                    self._outgoing.wait_for(lambda: self._unsent or self._closing or self._broken)
                     if self._closing or self._broken:
                         return
                     frame, writer = self._unsent.popleft()
@@ -557,7 +583,8 @@ class RemoteLink(Link):
                         self._sending = False
                         if not lent:
                             self._give_back(frame.lease)
-                        self._news.notify_all()
+                        if not self._unsent and not self._lent:
+                            self._room.notify_all()  # :meth:`close` waits for that
         except BaseException as error:  # noqa: BLE001 - whoever waits is told
             self._break(error)
 
@@ -566,6 +593,7 @@ class RemoteLink(Link):
         writer = self._lent.pop(lease, None)
         if writer is not None:
             self._free.append(writer)
+            self._room.notify()
 
     def _send_body(self, frame: Frame, writer: SlotWriter) -> bool:
         """Whether its memory is lent, until the trainer says that it has been received."""

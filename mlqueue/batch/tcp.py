@@ -36,6 +36,8 @@ from mlqueue.batch.remote import (
     MAX_REQUEST,
     MAX_SOURCE,
     ORDER,
+    PADDING,
+    PREPARING,
     RECEIVED,
     WITH_BODY,
     Frame,
@@ -72,6 +74,11 @@ WELCOME, STRANGER = 1, 2
 HANDSHAKE: Final = 5.0
 #: Batches of fewer bytes are copied on their way: that takes less time than to wait for word that they have arrived.
 LENT: Final = 1 << 18
+#: Orders of so many bytes are sent in one piece, with what they carry.
+TOGETHER: Final = 1 << 16
+#: What a worker is preparing need not be known before it dies, and waking the trainer for it takes longer than to read
+#: it: so the trainer is woken for so many bytes of control, or their end. What is urgent comes with as many behind it.
+PADDED: Final = 4096
 #: How long connecting may take, in seconds.
 CONNECT: Final = 3.0
 #: How many that have connected may be proving who they are at a time; further ones are let go at once.
@@ -167,6 +174,7 @@ class TcpDoor(RemoteDoor["TcpPeer"]):
                 "codecs": readable(),
                 "limit": self._limit,
                 "lent": True,
+                "padded": PADDED,
             }
         }
 
@@ -324,7 +332,14 @@ class TcpPeer(RemotePeer):
 
     def _hear(self) -> None:
         while True:
-            self.heard(Frame.unpack(self._control.read(FRAME.size)))
+            frame = Frame.unpack(self._control.read(FRAME.size))
+            if frame.kind != PADDING:
+                self.heard(frame)
+                continue
+            if frame.size > PADDED:
+                raise Hostile(f"a worker on {self.host} has sent padding of {frame.size:,} bytes; it is cut off.")
+            self._control.read(frame.size)
+            self._control.wake_for(PADDED)  # it pads what is urgent
 
     def _fetch(self) -> None:
         while True:
@@ -333,7 +348,8 @@ class TcpPeer(RemotePeer):
                 raise Hostile(f"a worker on {self.host} has sent a frame of kind {frame.kind}; it is cut off.")
             self.receive(frame, self._data.read_into, self._throw_away)
             if frame.lent:
-                self._order(OrderRecord(RECEIVED, frame.lease))
+                self._outbox.put(OrderRecord(RECEIVED, frame.lease).pack(), now=False)
+            self.announce()
 
     def _throw_away(self, size: int) -> None:
         scratch = memoryview(bytearray(min(size, 1 << 20)))
@@ -344,6 +360,11 @@ class TcpPeer(RemotePeer):
 
     def has_died(self, silent: bool) -> bool:
         return not silent and not self._unreachable
+
+    def tell(self, kind: int, number: int = 0) -> None:
+        if kind == links.END:
+            self._outbox.wait_no_more()  # it leaves when it knows that all it has sent was received
+        super().tell(kind, number)
 
     def _order(self, record: OrderRecord, content: Any = b"") -> None:
         self._outbox.put(record.pack(), content)
@@ -361,21 +382,34 @@ class TcpPeer(RemotePeer):
 
 class Outbox:
     """What is to be sent over a channel, at once where it takes it at once, else by a thread. `failed` is called when
-    that is not possible any more."""
+    that is not possible any more.
+
+    What may wait goes with the next that may not, or that may wait too: a message of its own would wake the worker once
+    more, in which time it could have sent a part of a batch.
+    """
 
     def __init__(self, channel: Channel, failed: Callable[[], None]) -> None:
         self._channel, self._failed = channel, failed
         self._news = threading.Condition()
         self._parts: deque[memoryview] = deque()
+        self._later = b""
+        self._may_wait = True
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def put(self, *parts: Any) -> None:
-        """Send these bytes after those before; waits for nothing."""
+    def put(self, *parts: Any, now: bool = True) -> None:
+        """Send these bytes after those before; waits for nothing. Not `now`: it may wait for others."""
         views = [view for view in (memoryview(part).cast("B") for part in parts) if len(view)]
         with self._news:
             if self._closed:
                 return
+            if self._may_wait and not now and not self._later:
+                self._later = b"".join(views)
+                return
+            views.insert(0, memoryview(self._later))
+            self._later = b""
+            if sum(map(len, views)) <= TOGETHER:
+                views = [memoryview(b"".join(views))]
             try:
                 while views and not self._parts:
                     sent = self._channel.write_now(views[0])
@@ -394,6 +428,11 @@ class Outbox:
                 self._thread = threading.Thread(target=self._send, name="mlqueue-batch-out", daemon=True)
                 self._thread.start()
             self._news.notify()
+
+    def wait_no_more(self) -> None:
+        """From now on nothing may wait: there are no others that it could go with."""
+        with self._news:
+            self._may_wait = False
 
     def _send(self) -> None:
         try:
@@ -457,6 +496,8 @@ class TcpLink(RemoteLink):
             raise
         self._control, self._data = opened
         self._lends = bool(entry.get("lent")) and self._data.lends
+        padded = int(entry.get("padded", 0))
+        self._padding = Frame(PADDING, size=padded).pack() + bytes(padded) if padded else b""
         self._telling = threading.Lock()
         self._start()
 
@@ -469,8 +510,9 @@ class TcpLink(RemoteLink):
         return record, self._control.read(record.size) if record.size else b""
 
     def _tell(self, frame: Frame) -> None:
+        padding = b"" if frame.kind == PREPARING else self._padding
         with self._telling:
-            self._control.write(frame.pack())
+            self._control.write(frame.pack() + padding)
 
     def _send(self, frame: Frame, body: Any, *, measure: bool) -> float:
         begun = time.perf_counter()

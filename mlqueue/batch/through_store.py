@@ -321,6 +321,7 @@ class StoreDoor(RemoteDoor["StorePeer"]):
                 else:
                     read_into = partial(read_parts, raw(connection), key)
                     peer.receive(frame, read_into, partial(self._throw_away, connection, key))
+                    peer.announce()
             except Hostile as error:
                 peer.end(error)  # what it has stored is deleted when it is let go
                 return  # what was asked for ahead is still to come over this connection

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from ..errors import JobFailed, MLQueueError, SettingsError
-from ..settings import Settings
+from ..settings import Settings, server_url
 from .text import on_terminal, one_line
 from .values import plain
 
@@ -61,7 +61,7 @@ class Call:
             return self.url
         if self.url is not None:
             raise SettingsError(f"both --url ({self.url}) and --redis_host or --redis_port were given: choose one.")
-        return f"redis://{self.redis_host or 'localhost'}:{self.redis_port or 6379}/0"
+        return server_url(self.redis_host, self.redis_port)
 
     # Answers
 
@@ -169,8 +169,8 @@ def common_options(function: F) -> F:
     return function
 
 
-def redis_options(function: F) -> F:
-    """Gives a command the flags by which MLQ's commands were told where the store is."""
+def redis_options(function: F, *, hidden: bool = False) -> F:
+    """Gives a command the flags by which MLQ's commands were told where the store is; in its help, unless `hidden`."""
     for option in (
         click.option(
             "--redis_port",
@@ -178,6 +178,7 @@ def redis_options(function: F) -> F:
             metavar="PORT",
             expose_value=False,
             callback=_remember,
+            hidden=hidden,
             help="The store's port, as MLQ took it [6379].",
         ),
         click.option(
@@ -185,6 +186,7 @@ def redis_options(function: F) -> F:
             metavar="HOST",
             expose_value=False,
             callback=_remember,
+            hidden=hidden,
             help="The store's host, as MLQ took it; --url goes further [localhost].",
         ),
     ):
@@ -202,6 +204,8 @@ def command(
         def with_call(*args: Any, **kwargs: Any) -> int | None:
             return function(click.get_current_context().find_object(Call), *args, **kwargs)
 
+        if not any(option.name == "redis_host" for option in getattr(with_call, "__click_params__", ())):
+            with_call = redis_options(with_call, hidden=True)
         return click.command(cls=cls, context_settings=HELP, **attributes)(common_options(with_call))
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import importlib
 import json
 import os
@@ -15,7 +16,7 @@ import click
 
 from .. import __version__
 from ..errors import MLQueueError
-from .call import HELP, Call, common_options
+from .call import HELP, Call, common_options, redis_options
 
 #: The exit code after Ctrl-C: that of a process which ended by SIGINT.
 INTERRUPTED: Final = 130
@@ -121,6 +122,7 @@ def _version(ctx: click.Context, parameter: click.Parameter, value: bool) -> Non
     "130 interrupted. The three options above may also stand behind the command.",
 )
 @common_options
+@functools.partial(redis_options, hidden=True)
 @click.option("--version", is_flag=True, expose_value=False, callback=_version, help="Show the version and exit.")
 @click.pass_context
 def cli(ctx: click.Context) -> int | None:

@@ -13,7 +13,7 @@ import click
 from .. import codec
 from ..errors import MLQueueError
 from ..estimate import estimated_start
-from ..job import Attempt, CallbackAttempt, JobRecord, State
+from ..job import Attempt, CallbackAttempt, JobRecord, SavedCheckpoint, State
 from ..store import Store, WorkerInfo
 from ..store.chunks import BodyReference
 from . import types
@@ -193,12 +193,17 @@ def _facts(record: JobRecord, call_of: dict[str, Any]) -> Iterator[tuple[str, An
     yield "counts", ", ".join(f"{name} {number}" for name, number in counts.items() if number)
     yield "timeout", record.job_timeout and duration(record.job_timeout)
     yield "begins in", record.queue_timeout and duration(record.queue_timeout)
-    yield "prolonged", record.extended_by and f"by {duration(record.extended_by)}"
+    yield "prolonged", f"by {duration(record.extended_by)}" if record.extended_by else None
     yield "cancelled", record.cancel_stage
     yield "checkpoint", "yes" if record.has_checkpoint else None
+    yield "resumed", record.resumed_from and _saved(record.resumed_from)
     yield "result", _result_text(record)
     yield "kept", None if record.result_ttl is None else f"{duration(record.result_ttl)} after its end"
     yield "error", error_text(record.error) if record.error else None
+
+
+def _saved(saved: SavedCheckpoint) -> str:
+    return f"from the checkpoint of attempt {saved.attempt}, saved {ago(saved.saved_at)}"
 
 
 def _result_text(record: JobRecord) -> str | None:
@@ -231,6 +236,8 @@ def _attempt(attempt: Attempt) -> str:
     took = duration(max(0.0, attempt.ended_at - attempt.started_at))
     stage = f" ({attempt.stage})" if attempt.stage else ""
     used = f", used {usage_text(attempt.usage)}" if attempt.usage else ""
+    saved = attempt.resumed_from
+    used += f", resumed from the checkpoint of attempt {saved.attempt}" if saved else ""
     ended = f"{iso(attempt.started_at)}  {attempt.outcome}{stage} after {took} on {attempt.worker}"
     return clean(f"{ended}{used}{why}")
 

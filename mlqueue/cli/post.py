@@ -28,7 +28,16 @@ class TakesFunctions(NumbersAreArguments):
             elif taking and words[-1] != FUNCTIONS:
                 words.append(FUNCTIONS)
             words.append(word)
-        return super().parse_args(ctx, words)
+        try:
+            return super().parse_args(ctx, words)
+        except click.MissingParameter:
+            if FUNCTIONS not in words:
+                raise
+            raise click.UsageError(
+                f"{FUNCTIONS} takes all the words behind it, and none is left for MESSAGE: write that before it, or "
+                "behind --",
+                ctx,
+            ) from None
 
 
 @command(cls=TakesFunctions)

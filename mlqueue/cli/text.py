@@ -83,8 +83,7 @@ def usage_text(usage: Usage) -> str:
 
 def error_text(error: JobError) -> str:
     """An error as Python prints it, on one line."""
-    kind = error.type.removeprefix("builtins.")
-    return one_line(f"{kind}: {error.message}" if kind else error.message)
+    return one_line(error.text)
 
 
 def on_terminal() -> bool:

@@ -358,4 +358,9 @@ def translate(error: Exception, where: str) -> StoreError:
             "address right (host and port or url of MLQ(), else MLQUEUE_URL, else REDIS_URL)? Without any of these an "
             "embedded server is used."
         )
+    if text.startswith("DB index"):
+        return StoreError(
+            f"{where} refused us: {text}. It has so many databases as its setting `databases` says, 16 unless that was "
+            "changed, the first being 0."
+        )
     return StoreError(f"{where} refused a command: {text}")

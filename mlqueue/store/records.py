@@ -12,7 +12,18 @@ import msgpack
 
 from .. import codec
 from ..errors import InvalidJob
-from ..job import Attempt, CallbackAttempt, CallbackState, DeadReason, JobError, JobRecord, NewJob, State, Usage
+from ..job import (
+    Attempt,
+    CallbackAttempt,
+    CallbackState,
+    DeadReason,
+    JobError,
+    JobRecord,
+    NewJob,
+    SavedCheckpoint,
+    State,
+    Usage,
+)
 from ..webhooks import EVENTS, Webhook
 
 #: A checkpoint as the scripts take it: size, value, number of chunks (0: it is the value), generation.
@@ -160,6 +171,8 @@ def pack_dead(
         fields["u"] = milliseconds(record.started_at)
     if record.usage is not None:
         fields["e"] = pack_usage(record.usage, record.attempt)
+    if record.resumed_from is not None:
+        fields["R"] = _saved_text(record.resumed_from)
     if record.progress is not None:
         fields |= {"v": codec.encode(record.progress), "V": record.progress_note or ""}
     return pack(
@@ -186,6 +199,7 @@ def _pack_attempt(attempt: Attempt) -> bytes:
             error,
             attempt.stage or "",
             pack_usage(attempt.usage, attempt.attempt) if attempt.usage else b"",
+            _saved_text(attempt.resumed_from),
         ]
     )
 
@@ -273,6 +287,7 @@ def decode_record(
         callback_state=CALLBACK_STATES.get(callback.get(b"s", b"")) if callback else None,
         callback_attempts=tuple(_callback_attempt(item) for item in tries),
         usage=decode_usage(fields[b"e"], number(b"k")) if b"e" in fields else None,
+        resumed_from=_saved(fields.get(b"R", b"")),
         webhook=_webhook(callback) if callback and b"w" in callback else None,
         webhook_state=CALLBACK_STATES.get(callback.get(b"h", b"")) if callback else None,
     )
@@ -305,7 +320,7 @@ def _short_result(fields: Mapping[bytes, bytes], result: Mapping[bytes, bytes]) 
 
 
 def _attempt(data: bytes) -> Attempt:
-    attempt, worker, started, ended, outcome, error, stage, usage = msgpack.unpackb(data, raw=True)
+    attempt, worker, started, ended, outcome, error, stage, usage, *resumed = msgpack.unpackb(data, raw=True)
     return Attempt(
         attempt=attempt,
         worker=worker.decode(),
@@ -315,7 +330,20 @@ def _attempt(data: bytes) -> Attempt:
         error=decode_error(error),
         stage=stage.decode() or None,
         usage=decode_usage(usage, attempt) if usage else None,
+        resumed_from=_saved(*resumed),
     )
+
+
+def _saved(text: bytes = b"") -> SavedCheckpoint | None:
+    """A checkpoint as the records tell of it; an attempt of an older version says nothing."""
+    if not text:
+        return None
+    attempt, at, size = map(int, text.split())
+    return SavedCheckpoint(attempt=attempt, saved_at=at / 1000, size=size)
+
+
+def _saved_text(saved: SavedCheckpoint | None) -> str:
+    return f"{saved.attempt} {milliseconds(saved.saved_at)} {saved.size}" if saved else ""
 
 
 def pack_usage(usage: Usage, attempt: int) -> bytes:

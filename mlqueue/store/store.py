@@ -260,6 +260,15 @@ class Page:
     #: What to pass as ``cursor`` for the next page; None when this was the last.
     cursor: int | None
 
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __iter__(self) -> Iterator[JobRecord]:
+        return iter(self.jobs)
+
+    def __getitem__(self, index: int) -> JobRecord:
+        return self.jobs[index]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WorkerInfo:

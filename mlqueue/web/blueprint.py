@@ -30,7 +30,7 @@ from ..errors import (
     Unauthorized,
 )
 from ..schema import check
-from .auth import ANYBODY, Hook, challenge, check_hooks, refuse_foreign, refuse_unknown, who, who_by_memory
+from .auth import ANYBODY, BearerKeys, Hook, challenge, check_hooks, refuse_foreign, refuse_unknown, who, who_by_memory
 from .call import Call
 from .mount import EXTENSION, Mount, mount_of_request
 from .operation import PATHS, Operation
@@ -38,7 +38,7 @@ from .problems import answer_of, of_werkzeug
 from .streams import Streams
 from .table import OPERATIONS
 
-__all__ = ["HEARTBEAT", "GuardedBlueprint", "admit", "check_path", "create_blueprint", "view_of"]
+__all__ = ["HEARTBEAT", "GuardedBlueprint", "admit", "check_bounds", "check_path", "create_blueprint", "view_of"]
 
 logger = logging.getLogger("mlqueue.web")
 
@@ -98,6 +98,9 @@ def create_blueprint(
             raise SettingsError(
                 f"cors_origins: {origin!r} is no origin; write it as https://example.com, with no path."
             )
+    check_bounds(
+        max_body=max_body, max_waits=max_waits, max_streams=max_streams, max_wait=max_wait, heartbeat=heartbeat
+    )
 
     def mounted(full_name: str) -> Mount:
         return Mount(
@@ -119,6 +122,27 @@ def create_blueprint(
     if cors_origins:
         blueprint.after_request(_allow_origins)
     return blueprint
+
+
+#: What bounds what a blueprint does: whether it is a whole number, and what it is at least (of seconds: more than).
+BOUNDS: Final[Mapping[str, tuple[bool, float]]] = {
+    "max_body": (True, 1),
+    "max_waits": (True, 0),
+    "max_streams": (True, 0),
+    "max_wait": (False, 0),
+    "heartbeat": (False, 0.001),
+}
+
+
+def check_bounds(**given: Any) -> None:
+    """Raises `SettingsError` for what is no such bound. ``max_streams`` may be None."""
+    for name, value in given.items():
+        if value is None and name == "max_streams":
+            continue
+        whole, least = BOUNDS[name]
+        of_kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not of_kind or not value >= least:
+            raise SettingsError(f"{name}={value!r}: give {'an int' if whole else 'seconds'}, {least} or more.")
 
 
 class GuardedBlueprint(Blueprint):
@@ -197,7 +221,12 @@ def admit(call: Call) -> None:
         raise refuse_unknown(mount.hooks, call.request)
     if not call.principal.may(scope):
         has = ", ".join(sorted(call.principal.scopes)) or "none"
-        raise Forbidden(f"this needs the scope {scope}; yours are: {has}.")
+        cure = f" `mlqueue key new --scope {scope}` makes a key that has it." if _takes_keys(mount) else ""
+        raise Forbidden(f"this needs the scope {scope}; yours are: {has}.{cure}")
+
+
+def _takes_keys(mount: Mount) -> bool:
+    return any(isinstance(hook, BearerKeys) for hook in mount.hooks)
 
 
 def check_path(operation: Operation, values: Mapping[str, Any]) -> None:

@@ -47,8 +47,10 @@ def read_body(call: Call) -> Any:
     data = request.get_data(cache=False)
     if request.content_length is None and len(data) >= call.mount.max_body:
         raise too_large(call.mount.max_body)  # Werkzeug cuts a body without a length off there
-    if not data and not call.operation.body_required:
-        return None
+    if not data:
+        if not call.operation.body_required:
+            return None
+        raise RequestError(f"the body is empty; send {', '.join(shapes)}.")
     value = _msgpack(data, call.mount.max_values) if kind == MSGPACK else from_json(data, call.mount.max_values)
     return check(schema, value)
 

@@ -19,9 +19,14 @@ from ..store.store import SeenKey
 from .auth import Principal, refuse_unknown, who
 from .mount import Mount
 from .operation import JSON, TEXT, Operation
+from .streams import is_alone
 
 #: The longest header of those that are looked at, in characters.
 MAX_HEADER: Final = 4096
+
+#: How long an answer may wait where the server does one thing at a time, in seconds: gunicorn's sync worker, which
+#: answers nobody else meanwhile, is killed with the request when it says nothing for 30 s.
+MOST_ALONE: Final = 20.0
 
 #: Under how many prefixes that a server has put in front of the app it remembers where its routes are.
 MOST_ROOTS: Final = 16
@@ -108,7 +113,8 @@ class Call:
         match = re.search(
             r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,9})\"?", self.request.headers.get("Prefer", "")[:MAX_HEADER]
         )
-        return min(float(match[1]), self.mount.max_wait) if match else 0.0
+        seconds = min(float(match[1]), self.mount.max_wait) if match else 0.0
+        return seconds if seconds <= MOST_ALONE or not is_alone(self.request.environ) else MOST_ALONE
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[float]:

@@ -155,7 +155,10 @@ def remove_consumer(call: Call) -> Response:
     keyring(call.mlq.settings)
     name = (read_body(call) or call.query()).get("name")
     if name is None:
-        raise InvalidArguments("the name of the function is missing.", faults=[("$.name", "is missing")])
+        raise InvalidArguments(
+            'the name of the function is missing; send {"name": ...} as JSON, or ?name=... behind the path.',
+            faults=[("$.name", "is missing")],
+        )
     Functions(call.store).remove(name)
     return call.json({"name": name}) if call.wants_json else call.text(name)
 

@@ -12,12 +12,11 @@ from .call import Call
 __all__ = ["shown"]
 
 
-#: Fields that are numbers, texts or lists of texts as they are.
-SIMPLE: Final = tuple(
-    field.name
-    for field in dataclasses.fields(JobRecord)
-    if field.name not in ("error", "attempts", "callback_attempts", "webhook", "progress", "short_result", "usage")
+#: Fields that are more than numbers, texts and lists of texts.
+STRUCTURED: Final = frozenset(
+    {"error", "attempts", "callback_attempts", "webhook", "progress", "short_result", "usage", "resumed_from"}
 )
+SIMPLE: Final = tuple(field.name for field in dataclasses.fields(JobRecord) if field.name not in STRUCTURED)
 
 
 def shown(call: Call, record: JobRecord) -> dict[str, Any]:
@@ -28,6 +27,7 @@ def shown(call: Call, record: JobRecord) -> dict[str, Any]:
     found["error"] = record.error and dataclasses.asdict(record.error)
     found["attempts"] = [dataclasses.asdict(attempt) for attempt in record.attempts]
     found["usage"] = record.usage and dataclasses.asdict(record.usage)
+    found["resumed_from"] = record.resumed_from and dataclasses.asdict(record.resumed_from)
     found["callback_attempts"] = [dataclasses.asdict(attempt) for attempt in record.callback_attempts]
     found["webhook"] = record.webhook and record.webhook.asdict()
     found["links"] = _links(call, record)

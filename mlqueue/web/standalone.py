@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import flask
 from flask import Response, url_for
-from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.exceptions import HTTPException, InternalServerError, SecurityError
 
 from ..app import MLQ
 from ..keys import ApiKeys
@@ -94,7 +94,13 @@ def _problem(error: HTTPException) -> Any:
     if error.response is not None:
         return error.response
     status = error.code or InternalServerError.code
-    members = {"type": "about:blank", "title": error.name, "status": status, "detail": error.description}
+    detail = error.description
+    if isinstance(error, SecurityError):
+        detail = (
+            f"{detail} As long as there are no API keys this server is there for this machine, by the names "
+            f"{', '.join(LOCAL_NAMES)}: call it by one of them, or make a key (`mlqueue key new`) and start it anew."
+        )
+    members = {"type": "about:blank", "title": error.name, "status": status, "detail": detail}
     response = Response(dump(members), status, content_type=PROBLEM)
     for name, value in error.get_headers():
         if name not in ("Content-Type", "Content-Length"):

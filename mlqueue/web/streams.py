@@ -24,7 +24,7 @@ from flask import Response
 from ..errors import TooManyStreams
 from ..events import Filter, Hub, Listener
 
-__all__ = ["Stream", "Streams"]
+__all__ = ["Stream", "Streams", "is_alone"]
 
 #: How many streams a process has with gevent, unless told otherwise: fewer than the thousand connections that
 #: gunicorn's worker has.
@@ -157,12 +157,22 @@ class Stream:
             copy.shutdown(socket.SHUT_RDWR)
 
 
+def _is_cooperative() -> bool:
+    """Whether gevent has replaced what blocks: then each request has a greenlet."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched("socket"))
+
+
+def is_alone(environ: Mapping[str, Any]) -> bool:
+    """Whether the server of a request does one thing at a time."""
+    return not environ.get("wsgi.multithread") and not _is_cooperative()
+
+
 def _limit_of(environ: Mapping[str, Any]) -> int:
     """How many streams the server of a request can do with."""
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("socket"):
+    if _is_cooperative():
         return MOST_OF_GEVENT
-    if not environ.get("wsgi.multithread"):
+    if is_alone(environ):
         return 0
     return MOST_OF_DEVELOPMENT if "werkzeug.socket" in environ else MOST_OF_THREADS
 

@@ -33,7 +33,7 @@ from test_work_pool import assert_same
 from mlqueue import Settings
 from mlqueue.batch import compression, links, parts, remote, tcp, through_store, ways
 from mlqueue.batch.actor_pool import ActorPool
-from mlqueue.batch.channel import WAKE, Channel
+from mlqueue.batch.channel import PLAIN, WAKE, Channel
 from mlqueue.batch.compression import LZ4, RAW, ZSTD, Compression
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.transport import HEADER_BYTES, Segment, TransportError, read_description
@@ -651,6 +651,22 @@ def test_a_channel_carries_any_sizes_both_ways_at_once():
     other.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system decides")
+@pytest.mark.parametrize(("source", "changed"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_within_a_host_nothing_spaces_packets_out_and_between_hosts_the_system_decides(source, changed):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        one = socket.create_connection(listening.getsockname(), source_address=(source, 0))
+        other, _ = listening.accept()
+
+    def control():
+        return one.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+    with one, other:
+        before = control()
+        Channel(one)
+        assert (PLAIN if changed else before) == control()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is lent on Linux only")
 class TestLending:
     """Batches whose memory is lent to the connection, instead of copied."""
@@ -770,6 +786,80 @@ class TestLending:
                 for _ in range(2 * remote.MOST_UNSENT):
                     work_once(link, sent)
                     np.testing.assert_array_equal(sent, next(batches)[0])
+            link.close()
+
+
+class TestMessages:
+    """Each wakes somebody, which takes the time of a part of a batch: so there are few."""
+
+    def test_what_may_wait_goes_with_what_may_not_or_with_its_like(self):
+        one, other = tcp_pair()
+        outbox = tcp.Outbox(Channel(one), lambda: None)
+        outbox.put(b"later,", now=False)
+        with pytest.raises(BlockingIOError):
+            other.recv(99, socket.MSG_DONTWAIT)
+        outbox.put(b"head,", b"body")
+        assert b"later,head,body" == other.recv(99)
+        outbox.put(b"later,", now=False)
+        outbox.put(b"later too", now=False)
+        assert b"later,later too" == other.recv(99)
+        body = b"-" * (tcp.TOGETHER + 1)
+        outbox.put(b"later,", now=False)
+        outbox.put(b"head,", body)
+        assert b"later,head," + body == Channel(other).read(11 + len(body))
+        one.close()
+        other.close()
+
+    def test_a_worker_that_leaves_does_not_wait_for_word_of_its_last_batch(self, trainer, monkeypatch):
+        monkeypatch.setattr(tcp, "LENT", 1)
+        with ActorPool(trainer, "nobody", workers=1, alone_after=None) as pool:
+            link = tcp.TcpLink(pool._crew.desk.listener.address["tcp"], "a job", trainer.settings)
+            batches = pool.parallel_data_source(arrays(), 1).batch_iterator(50)
+            last = next_lease(link)
+            link.tell(links.LEAVE)
+            assert links.END == eventually(lambda: link.receive(0.1)).kind
+            link.deliver(links.DONE, last, *link.place(last).write((np.arange(3),)), 1000)
+            begun = time.monotonic()
+            link.close()
+            assert time.monotonic() - begun < remote.FLUSH / 2
+            np.testing.assert_array_equal(np.arange(3), next(batches)[0])
+
+    def test_what_is_prepared_wakes_nobody_and_is_known_when_the_worker_has_gone(self, trainer):
+        with ActorPool(trainer, "nobody", workers=1, alone_after=None) as pool:
+            link = tcp.TcpLink(pool._crew.desk.listener.address["tcp"], "a job", trainer.settings)
+            batches = pool.parallel_data_source(arrays(), 3).batch_iterator(10)
+            [place] = eventually(lambda: list(pool._crew.desk.places.values()))
+            peer, sent, tell = place.peer, [], link._tell
+            link._tell = lambda frame: (sent.append((frame.kind, frame.lease)), tell(frame))
+            link.tell(links.BEAT)
+            eventually(lambda: peer._control._woken_at == tcp.PADDED)
+            eventually(lambda: len(link._requests) == 3)
+            for number in range(2):
+                work_once(link, np.arange(number, 3))
+                np.testing.assert_array_equal(np.arange(number, 3), next(batches)[0])
+            last = next_lease(link)
+            assert 0 == peer._preparing, "nobody has read it yet"
+            link._control.shut()
+            eventually(lambda: not pool._crew.desk.places)
+            assert last.number == peer._preparing
+            leases = [lease for kind, lease in sent if kind == remote.PREPARING]
+            assert [1, 2, 3] == leases, "the next says that the one before is done"
+            link.close()
+
+    def test_a_lease_that_is_called_off_says_that_the_one_before_is_done(self, trainer):
+        with ActorPool(trainer, "nobody", workers=1, alone_after=None) as pool:
+            link = tcp.TcpLink(pool._crew.desk.listener.address["tcp"], "a job", trainer.settings)
+            batches = pool.parallel_data_source(arrays(), 3).batch_iterator(10)
+            [peer] = [place.peer for place in eventually(lambda: list(pool._crew.desk.places.values()))]
+            first = next_lease(link)
+            eventually(lambda: len(link._orders) == 2)
+            batches.close()
+            eventually(lambda: len(link._called_off) == 2)
+            link.deliver(links.DONE, first, *link.place(first).write((np.arange(3),)), 1000)
+            assert link.claim(link.receive(1)) is None
+            link.tell(links.BEAT)
+            eventually(lambda: peer._control._woken_at == tcp.PADDED)
+            assert 0 == peer._preparing
             link.close()
 
 

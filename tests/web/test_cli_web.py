@@ -200,6 +200,8 @@ def test_without_keys_everybody_on_this_machine_is_served_under_its_own_names(we
         assert 202 == client.post("/jobs", json={"msg": 1}).status_code
         foreign = client.get("/jobs", headers={"Host": "shop.evil.test"})
         assert (400, "application/problem+json") == (foreign.status_code, foreign.headers["Content-Type"])
+        assert "localhost, 127.0.0.1, [::1]" in foreign.json()["detail"]
+        assert "mlqueue key new" in foreign.json()["detail"]
         assert 403 == client.post("/jobs", json={"msg": 1}, headers={"Sec-Fetch-Site": "cross-site"}).status_code
         assert (404, 405) == (client.get("/nothing").status_code, client.put("/jobs").status_code)
         assert client.get("/", follow_redirects=True).text.startswith("<!doctype html>")

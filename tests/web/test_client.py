@@ -157,6 +157,13 @@ def actors(mlq: MLQ, start_worker: StartWorker) -> MLQ:
     def fails(text: str) -> None:
         raise ValueError(text)
 
+    @mlq.actor(http=True, min_backoff=1, max_backoff=1)
+    def goes_on() -> None:
+        job = mlqueue.current_job()
+        job.save_checkpoint(job.attempt)
+        if job.attempt < 3:
+            raise ValueError
+
     @mlq.actor(http=True)
     def makes(size: int) -> Result:
         return Result(short=size, full=np.random.default_rng(1).bytes(size), content_type="image/png")
@@ -273,10 +280,14 @@ def test_a_record_is_the_one_of_the_store(mlq: MLQ, actors: MLQ, client: Client)
         dead.result(timeout=15)
     eventually(lambda: mlq.job(dead.id).record.callback_attempts)
     mlq.job(dead.id).cancel()
-    for job in (dead, client.submit("echo", 1), client.submit("echo", 1, delay=60)):
+    resumed = client.submit("goes_on")
+    for job in (dead, resumed, client.submit("echo", 1), client.submit("echo", 1, delay=60)):
         job.wait(0 if job.state is State.SCHEDULED else 15)
         ours, theirs = job.record, mlq.job(job.id).record
         assert theirs == ours, job
+    record = resumed.record
+    began = [attempt.resumed_from and attempt.resumed_from.attempt for attempt in (*record.attempts, record)]
+    assert [None, 1, 2] == began
     assert ("builtins.ValueError", "no") == (dead.record.attempts[0].error.type, dead.record.error.message)  # type: ignore[union-attr]
 
 

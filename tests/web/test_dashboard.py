@@ -15,7 +15,7 @@ import pytest
 from flask.testing import FlaskClient
 from support import StartWorker, eventually
 
-from mlqueue import MLQ, Result, Settings, State, web
+from mlqueue import MLQ, Result, Settings, State, current_job, web
 from mlqueue.errors import SettingsError
 from mlqueue.keys import ApiKeys
 from mlqueue.web.dashboard import blueprint as dashboard
@@ -191,6 +191,26 @@ def test_a_job_shows_what_it_was_given_and_what_it_gave(mlq: MLQ, visitor: Visit
     html = visitor.page(f"/jobs/{jobs[1].id}")
     assert f'src="{PREFIX}/jobs/{jobs[1].id}/result"' in html
     assert "image/png" == visitor.get(f"/jobs/{jobs[1].id}/result").content_type
+
+
+def test_a_job_says_from_which_checkpoint_each_attempt_went_on(
+    mlq: MLQ, visitor: Visitor, start_worker: StartWorker
+) -> None:
+    @mlq.actor(min_backoff=1, max_backoff=1)
+    def train() -> None:
+        job = current_job()
+        if job.attempt != 2:
+            job.save_checkpoint(job.attempt)
+        if job.attempt < 4:
+            raise ValueError(f"at {job.attempt}")
+
+    job = train.submit()
+    start_worker()
+    job.result(15)
+    html = visitor.page(f"/jobs/{job.id}")
+    parts = [part.partition("<li>")[0] for part in html.split('<span class="what">Attempt ')[1:]]
+    found = [re.findall(r"from the checkpoint that attempt (\d) saved at <time", part) for part in parts]
+    assert [[], ["1"], ["1"], ["3"]] == found
 
 
 def test_a_job_says_why_it_waits(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:

@@ -128,6 +128,7 @@ def test_with_too_small_a_scope_every_route_is_403(shared: tuple[ApiKeys, FlaskC
     for count in range(1, len(others) + 1):
         for scopes in itertools.combinations(others, count):
             answer = call(guarded, one, bearer(keys, ",".join(scopes)))
+            assert f"`mlqueue key new --scope {one.scope}`" in answer.text
             assert (403, True) == (answer.status_code, one.scope in answer.headers["WWW-Authenticate"]), scopes
 
 
@@ -329,6 +330,24 @@ def test_a_hook_may_redirect_to_the_hosts_login(mlq: MLQ) -> None:
 def test_what_is_no_hook_is_refused(mlq: MLQ, auth: Any) -> None:
     with pytest.raises(SettingsError, match="auth="):
         mounted(mlq, auth)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"max_body": -1}, "max_body=-1: give an int, 1 or more"),
+        ({"max_body": "1M"}, "max_body='1M': give an int"),
+        ({"max_waits": 1.5}, "max_waits=1.5: give an int, 0 or more"),
+        ({"max_streams": True}, "max_streams=True: give an int"),
+        ({"max_wait": -1}, "max_wait=-1: give seconds, 0 or more"),
+        ({"max_wait": float("nan")}, "max_wait=nan: give seconds"),
+        ({"heartbeat": 0}, "heartbeat=0: give seconds, 0.001 or more"),
+    ],
+    ids=str,
+)
+def test_what_is_no_bound_is_refused(mlq: MLQ, given: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(told)):
+        mounted(mlq, allow_anonymous=True, **given)
 
 
 # Names apart

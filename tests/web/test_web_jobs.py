@@ -12,6 +12,7 @@ from hosting import PREFIX
 from support import StartWorker, eventually
 
 from mlqueue import MLQ, State
+from mlqueue.web import call
 
 JOBS = f"{PREFIX}/jobs"
 
@@ -135,6 +136,19 @@ def test_how_long_to_wait_is_bounded(mlq: MLQ, client: FlaskClient) -> None:
     job_id = mlq.post(1)
     answer = client.get(f"{JOBS}/{job_id}", headers={"Prefer": "wait=999999999"})
     assert ("queued", "wait=0.05") == (answer.json["state"], answer.headers["Preference-Applied"])
+
+
+def test_a_server_that_does_one_thing_at_a_time_waits_less(
+    mlq: MLQ, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call.MOST_ALONE < 30  # gunicorn's sync worker is killed then, and nobody is answered
+    monkeypatch.setattr(call, "MOST_ALONE", 0.05)
+    job_id = mlq.post(1)
+    for threads, told in ((False, "wait=0.05"), (True, "wait=1")):
+        answer = client.get(
+            f"{JOBS}/{job_id}", headers={"Prefer": "wait=1"}, environ_overrides={"wsgi.multithread": threads}
+        )
+        assert ("queued", told) == (answer.json["state"], answer.headers["Preference-Applied"])
 
 
 @pytest.mark.parametrize(

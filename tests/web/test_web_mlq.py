@@ -87,6 +87,18 @@ def test_results_are_as_mlq_promised_them(mlq: MLQ, client: FlaskClient) -> None
         assert (short, full) == found, value
 
 
+def test_the_short_result_of_a_failure_is_that_of_get_job(mlq: MLQ, client: FlaskClient) -> None:
+    def fail(msg: object, utils: Any) -> None:
+        raise ValueError(msg) if msg else ValueError
+
+    mlq.create_listener(fail)
+    for msg, short in (("one\ntwo", "ValueError: one"), (None, "ValueError")):
+        job_id = mlq.post(msg)
+        assert mlq.job(job_id).wait(10)
+        assert short == mlq.get_job(job_id)["short_result"]
+        assert short == client.get(f"{PREFIX}/jobs/{job_id}/short_result").text
+
+
 def test_unknown_ids_are_404_in_text(client: FlaskClient) -> None:
     for end in ("progress", "short_result", "result", "result.mp3"):
         answer = client.get(f"{PREFIX}/jobs/17/{end}")

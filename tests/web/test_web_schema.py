@@ -218,6 +218,15 @@ def test_a_fault_says_what_was_got_and_what_is_allowed() -> None:
         (Literal["fast", "slow"], "medium", "$ is the text 'medium'; allowed is 'fast', 'slow'."),
         (Annotated[str, Limits(max_length=3)], "four", "$ is 4 characters long; allowed are 0 to 3."),
         (list[int], {}, "$ is an object with 0 members; allowed is a list."),
+        # Where one of several is for such values, it says what is wrong with this one.
+        (Annotated[str, Limits(max_length=3)] | None, "four", "$ is 4 characters long; allowed are 0 to 3."),
+        (Annotated[str, Limits(pattern="^a")] | None, "b", "$ is the text 'b'; allowed is what matches ^a."),
+        (Annotated[list[int], Limits(min_length=1)] | str | None, [], "$ has 0 items; allowed are at least 1."),
+        (Annotated[float, Limits(ge=0)] | None, -1, "$ is the number -1; allowed is at least 0."),
+        (Annotated[float, Limits(ge=0)] | None, True, "$ is true; allowed is a number or null."),
+        (Annotated[float, Limits(ge=0)] | Literal["now"] | None, -1, "$ is the number -1; allowed is at least 0."),
+        (float | Literal["now"] | None, "x", "$ is the text 'x'; allowed is a number or 'now' or null."),
+        (list[float | Literal["now"]] | None, ["x"], "$[0] is the text 'x'; allowed is a number or 'now'."),
         (int, 10**1000, None),
         (bool, 10**5000, "$ is the number of 16,610 bits; allowed is true or false."),
     ):

@@ -117,6 +117,7 @@ def test_errors_of_mlqs_routes_are_text_unless_json_is_asked_for(client: FlaskCl
 def test_what_is_not_json_is_400(client: FlaskClient, body: bytes) -> None:
     answer = client.post(f"{PREFIX}/jobs", data=body, content_type="application/json")
     assert 400 == answer.status_code
+    assert ("the body is not JSON: " if body else "the body is empty; send application/json") in answer.text
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/xml", "x"])

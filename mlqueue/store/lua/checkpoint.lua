@@ -21,9 +21,9 @@ for i = 0, n - 1 do
 end
 drop_checkpoint(id)
 if n > 0 then
-  call('HSET', R .. ':ck:' .. id, 'n', n, 'g', ARGV[6], 'z', ARGV[3])
+  call('HSET', R .. ':ck:' .. id, 'n', n, 'g', ARGV[6], 'z', ARGV[3], 'a', ARGV[2], 't', NOW)
 else
-  call('HSET', R .. ':ck:' .. id, 'v', ARGV[4], 'g', ARGV[6], 'z', ARGV[3])
+  call('HSET', R .. ':ck:' .. id, 'v', ARGV[4], 'g', ARGV[6], 'z', ARGV[3], 'a', ARGV[2], 't', NOW)
 end
 call('HSET', jkey(id), 'K', 1)
 return rec.cancel and 2 or 1

@@ -15,7 +15,8 @@ Times are the server's, in Unix milliseconds. Fields have one letter because a h
   R:e:ID           string  the last error (MessagePack)
   R:at:ID          list    attempts that did not succeed (MessagePack), newest last, at most 50
   R:ch:ID          list    ids of the jobs that the job submitted while its record was there, newest last, at most 1,000
-  R:ck:ID          hash    the checkpoint: v value, or n number of chunks; z size, g generation
+  R:ck:ID          hash    the checkpoint: v value, or n number of chunks; z size, g generation, a attempt that saved it,
+                           t when
   R:lg:ID          list    lines of the job's log, oldest first (MessagePack: time, attempt, stream or level, text); field o
   R:me:ID          hash    the job's metrics: by name how many values have one point (uint32), how many values there were
                            (uint64), then of each point step, value and time (Unix seconds), as little-endian doubles
@@ -116,6 +117,7 @@ attempt was prolonged, and the nonce of the last time,
 m attempt that logged metrics last, o how many lines were dropped from its log and how many bytes the others have, the
 attempt that wrote last and how many lines that has written (MessagePack), e what its last attempt used (MessagePack: CPU
 time in ms, most memory, most memory of GPUs, whether it ran alone, attempt),
+R the checkpoint that its last attempt began from (attempt that saved it, when, size),
 H slots that it holds, or held when it ended (MessagePack), E its group (concurrency key, "/", what it takes turns by),
 D its unique key,
 M nonce of the call that retried it by hand last, Y nonce of the call that started it for who waits.

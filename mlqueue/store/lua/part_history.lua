@@ -2,9 +2,9 @@
 -- killed.
 local function note_attempt(id, rec, how, err, stage)
   local key = R .. ':at:' .. id
-  local f = call('HMGET', jkey(id), 'u', 'e')
+  local f = call('HMGET', jkey(id), 'u', 'e', 'R')
   call('RPUSH', key, cmsgpack.pack({ rec.attempt, rec.worker or '', tonumber(f[1] or 0), NOW, how, err or '', stage or '',
-    f[2] or '' }))
+    f[2] or '', f[3] or '' }))
   if call('LLEN', key) > 50 then
     call('LPOP', key)
   end

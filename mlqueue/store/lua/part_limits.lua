@@ -89,10 +89,17 @@ make_limits = function()
     return capacities[name]
   end
 
-  -- The name of the first limit that has no room, or nil. score: where the lane stands; who stands before it and waits
-  -- for slots, of which there may be some but too few, or whose worker has been rung for them, gets the next ones.
+  -- The name of a limit that has no room, or nil. score: where the lane stands; who stands before it and waits for
+  -- slots, of which there may be some but too few, or whose worker has been rung for them, gets the next ones. Of several
+  -- it is the one that keeps others from least: one that never has so many, else how many of the actor's jobs may run.
   function made.lacking(needs, score)
     for _, need in ipairs(needs) do
+      if need[2] > made.capacity(need[1]) then
+        return need[1], need[2]
+      end
+    end
+    for i = #needs, 1, -1 do
+      local need = needs[i]
       local name = need[1]
       if claimed[name] and claimed[name] < score then
         return name, need[2]

@@ -67,8 +67,14 @@ local function start(id, worker, expire, needs, lent)
   end
   local slots = needs and limited.grab(id, attempt, needs, lent)
   if attempt > 1 then
-    -- What an earlier attempt reported, used and held, and who started it; by how much it was prolonged.
-    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j', 'e', 'H')
+    -- What an earlier attempt reported, used, held and began from, and who started it; by how much it was prolonged.
+    call('HDEL', jkey(id), 'v', 'V', 'Y', 'j', 'e', 'H', 'R')
+  end
+  if f[14] then
+    local saved = call('HMGET', R .. ':ck:' .. id, 'a', 't', 'z')
+    if saved[1] then
+      call('HSET', jkey(id), 'R', table.concat(saved, ' '))
+    end
   end
   if slots then
     call('HSET', jkey(id), 'k', attempt, 'w', worker, 'u', NOW, 'H', slots, 's', 'r')

@@ -18,7 +18,7 @@ from ...overview import read_now
 from .. import dead as api_dead
 from .. import live, results, seen
 from ..auth import READ, Hook, challenge, check_hooks
-from ..blueprint import HEARTBEAT, GuardedBlueprint, check_path, view_of
+from ..blueprint import HEARTBEAT, GuardedBlueprint, check_bounds, check_path, view_of
 from ..mount import mount_of_request
 from ..operation import Operation
 from ..problems import of_werkzeug
@@ -124,6 +124,7 @@ def create_dashboard(
     """
     if not isinstance(mlq, MLQ):
         raise SettingsError(f"create_dashboard({mlq!r}): give an MLQ, such as mlqueue.MLQ('vision').")
+    check_bounds(max_body=max_body, max_streams=max_streams, heartbeat=heartbeat)
     hooks = with_cookies(check_hooks(auth))
     if hooks and allow_anonymous:
         raise SettingsError(

@@ -15,7 +15,7 @@ from ... import codec
 from ...errors import MLQueueError
 from ...estimate import estimated_start
 from ...handle import Job
-from ...job import JobRecord, LogLine, Point, State
+from ...job import JobRecord, LogLine, Point, SavedCheckpoint, State
 from ...store.chunks import BodyReference
 from ...store.store import StoredFile
 from ...why import why
@@ -57,6 +57,8 @@ class Stretch:
     #: More, such as the error; and where it ran.
     detail: str = ""
     where: str = ""
+    #: The checkpoint that it began from.
+    resumed: SavedCheckpoint | None = None
     #: In parts of a hundred of the whole: where it begins, and how long it is.
     left: float = 0.0
     width: float = 0.0
@@ -259,6 +261,7 @@ def _stretches(record: JobRecord, hosts: dict[str, str]) -> Iterator[Stretch]:
             begin=max(attempt.started_at, at),
             end=max(attempt.ended_at, at),
             detail=detail,
+            resumed=attempt.resumed_from,
             where=hosts.get(attempt.worker, f"worker {attempt.worker[:8]}"),
         )
         at, first = max(attempt.ended_at, at), False
@@ -267,12 +270,10 @@ def _stretches(record: JobRecord, hosts: dict[str, str]) -> Iterator[Stretch]:
         yield Stretch(kind="wait", text=_waited(first), begin=at, end=max(at, record.started_at))
         at = max(at, record.started_at)
         end = max(at, record.finished_at or now)
-        text = f"Attempt {record.attempt}"
-        if record.has_checkpoint and record.attempt > 1:
-            text += ", resumed from its checkpoint"
         kind = "run" if not record.state.ended else "good" if record.state is State.SUCCEEDED else "gone"
         where = hosts.get(record.worker, f"worker {record.worker[:8]}") if record.worker else ""
-        yield Stretch(kind=kind, text=f"{text}: {record.state}", begin=at, end=end, where=where)
+        text = f"Attempt {record.attempt}: {record.state}"
+        yield Stretch(kind=kind, text=text, begin=at, end=end, where=where, resumed=record.resumed_from)
     elif not record.state.ended:
         yield Stretch(kind="wait", text="Waits" if first else "Waits for its next attempt", begin=at, end=max(at, now))
     elif record.finished_at is not None and record.finished_at > at + 0.001:
