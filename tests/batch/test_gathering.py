@@ -26,12 +26,17 @@ PATIENCE = 20
 @pytest.fixture
 def team():
     """Two threads; no helper is there before, nor after."""
+    end_helpers()
     gathering.set_threads(2)
     yield
+    end_helpers()
+    gathering.set_threads(None)
+
+
+def end_helpers():
     gathering.set_threads(1)
     for thread in helpers():
         thread.join(PATIENCE)
-    gathering.set_threads(None)
 
 
 @pytest.fixture
