@@ -25,7 +25,7 @@ from .handle import Job
 from .job import State, check_id, id_in, new_id, seconds, timestamp
 from .limits import Limits, check_keys
 from .listeners import QUEUE, Listeners
-from .message import LISTENER, OPTION_CHECKS
+from .message import LISTENER, OPTION_CHECKS, check_options
 from .named import BATCHES, NamedSource, serving_actor
 from .posted import job_dict, progress_text
 from .reaper import Reaper
@@ -213,6 +213,19 @@ def check_option_names(names: Iterable[str], broker: dramatiq.Broker) -> None:
             )
 
 
+def check_actor_options(options: Mapping[str, Any], broker: dramatiq.Broker) -> None:
+    """Raises `InvalidJob` for a name that is no option of an actor, and for a priority that is none."""
+    known = {"actor_name", "queue_name", "priority", *broker.actor_options}
+    for name in options.keys() - known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+        raise InvalidJob(
+            f"{name} is no option of an actor; {hint} One that a middleware of yours reads belongs into its "
+            "actor_options."
+        )
+    check_options({name: options[name] for name in ("priority",) if name in options})
+
+
 def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, str | None]:
     """Options as `submit` takes them, as options of a message, delay in milliseconds, and id."""
     rest = dict(options)
@@ -354,6 +367,12 @@ class MLQ:
         that give a text. Declared again from the same module, as by a notebook's cell that is run
         again, it replaces the actor of that name.
         """
+
+        if fn is not None and not callable(fn):
+            raise InvalidJob(
+                f"mlq.actor({fn!r}): an actor is a function. Write @mlq.actor, or @mlq.actor(max_retries=3)."
+            )
+        check_actor_options(options, self.broker)
 
         def declare(function: Callable[..., Any]) -> Actor[Any, Any]:
             name = options.get("actor_name") or function.__name__

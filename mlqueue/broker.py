@@ -53,6 +53,26 @@ from .webhooks import Webhook
 
 logger = logging.getLogger("mlqueue.broker")
 
+#: The options that are checked when an actor is declared, as they are of a job.
+DECLARED: Final = frozenset(
+    {
+        "callback",
+        "hard_time_limit",
+        "job_timeout",
+        "kill",
+        "max_age",
+        "max_backoff",
+        "max_crashes",
+        "max_retries",
+        "max_stalls",
+        "min_backoff",
+        "queue_timeout",
+        "result_ttl",
+        "tags",
+        "time_limit",
+    }
+)
+
 #: Actor options of ours; the others are Dramatiq's.
 OWN_OPTIONS: Final = frozenset(
     {
@@ -164,11 +184,10 @@ class StoreBroker(Broker):
             return  # no Worker is to have a consumer for it
         if actor.options.get("webhook") is not None:
             actor.options["webhook"] = Webhook.of(actor.options["webhook"]).asdict()
-        for name in ("job_timeout", "queue_timeout", "hard_time_limit"):
+        for name in ("job_timeout", "queue_timeout", "hard_time_limit", "result_ttl"):
             if isinstance(actor.options.get(name), timedelta):
                 actor.options[name] = actor.options[name].total_seconds()
-        checked = ("callback", "job_timeout", "queue_timeout", "hard_time_limit", "kill")
-        check_options({name: actor.options[name] for name in checked if name in actor.options})
+        check_options({name: actor.options[name] for name in DECLARED.intersection(actor.options)})
         check_actor(actor.actor_name, actor.options)
         functions = key_functions(actor.options)
         given = {name: actor.options[name] for name in KEY_OPTIONS.intersection(actor.options) - functions.keys()}

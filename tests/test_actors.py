@@ -418,11 +418,40 @@ def test_a_wrong_option_is_refused_and_nothing_is_written(mlq: MLQ, options: dic
     assert mlq.jobs().jobs == []
 
 
-def test_an_unknown_actor_option_is_refused_at_the_declaration(mlq: MLQ) -> None:
-    with pytest.raises(ValueError, match=r"max_retry\b"):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_retry": 3}, r"max_retry is no option of an actor; did you mean max_retries\?"),
+        ({"xyzzy": 3}, "xyzzy is no option of an actor; known are actor_name, "),
+        ({"priority": 5000}, "from -1,000 to 1,000"),
+        ({"max_retries": -1}, "max_retries=-1"),
+        ({"min_backoff": "1 s"}, "a number of milliseconds"),
+        ({"time_limit": "1 min"}, "time_limit='1 min'"),
+        ({"max_crashes": 0}, "max_crashes=0"),
+        ({"tags": "night"}, "a list of texts"),
+        ({"result_ttl": -5}, "result_ttl=-5"),
+    ],
+)
+def test_a_wrong_actor_option_is_refused_at_the_declaration(mlq: MLQ, options: dict[str, Any], said: str) -> None:
+    before = set(mlq.broker.actors)
+    with pytest.raises(InvalidJob, match=said):
 
-        @mlq.actor(max_retry=3)
+        @mlq.actor(**options)
         def work() -> None: ...
+
+    assert before == set(mlq.broker.actors)
+
+
+def test_an_actor_that_is_no_function_is_refused(mlq: MLQ) -> None:
+    with pytest.raises(InvalidJob, match="an actor is a function"):
+        mlq.actor(5)  # type: ignore[call-overload]
+
+
+def test_the_time_for_which_an_actor_keeps_results_may_be_a_timedelta(mlq: MLQ) -> None:
+    @mlq.actor(result_ttl=timedelta(hours=1))
+    def work() -> None: ...
+
+    assert work.submit().record.result_ttl == 3600
 
 
 def test_a_page_and_a_store_that_cannot_be_are_refused(server: Settings, mlq: MLQ) -> None:
