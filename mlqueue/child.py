@@ -214,7 +214,7 @@ class Child:
         sys.path.insert(0, str(Path.cwd()))
         listeners.works_already = True
         for typed in self.order.modules:
-            importlib.import_module(module_name(typed))
+            import_typed(typed)
         return choose_app(instances(), self.order.namespace, self.order.modules)
 
     def _start(self, app: MLQ) -> dramatiq.Worker:
@@ -357,6 +357,24 @@ def module_name(typed: str) -> str:
         return ".".join(parts)
     sys.path.insert(0, str(path.parent))
     return path.stem
+
+
+def import_typed(typed: str) -> None:
+    """Imports what a user typed. Raises `SettingsError` where there is no such module; what its code raises passes."""
+    name = module_name(typed)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Not a module that theirs imports.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        typed_path = "/" in typed or typed.endswith(".py")
+        missing = f"there is no {typed}" if typed_path else f"No module named {error.name!r}"
+        raise SettingsError(
+            f"{missing}, seen from {Path.cwd()}{'' if typed_path else ', nor is one installed'}. Give the module that "
+            "declares your actors, as `tasks`, `package.module` or `tasks.py`, and start this in the folder that it "
+            "is imported from."
+        ) from None
 
 
 def choose_app(apps: Sequence[MLQ], namespace: str | None, modules: Sequence[str]) -> MLQ:

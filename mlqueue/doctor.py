@@ -289,7 +289,8 @@ def _workers(store: Store) -> Findings:
             yield Finding(
                 "workers",
                 Severity.WARNING,
-                f"{count.number:,} of {count.actor} wait in queue {count.queue}, which no worker runs",
+                f"{count.number:,} job{' of ' if count.number == 1 else 's of '}{count.actor} "
+                f"wait{'s' if count.number == 1 else ''} in queue {count.queue}; no worker runs it there",
                 "Start a worker with the module that declares it.",
             )
     living = len(workers) - len(stale)

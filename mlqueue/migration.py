@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgpack
 
 from . import codec
-from .errors import DecodeError, InvalidTransition, ResultMissing, StoreError
+from .errors import DecodeError, InvalidTransition, ResultMissing, SettingsError, StoreError
 from .job import State
 from .store import Store
 from .store.chunks import CHUNK_TTL, BodyReference
@@ -127,7 +127,10 @@ class Migration:
         one = self.source.root == self.target.root and self.source.connector.execute("EXISTS", probe)
         self.target.connector.execute("DEL", probe)
         if one:
-            raise InvalidTransition("the two stores are one: --to names the store that the jobs are in already.")
+            raise SettingsError(
+                "the two stores are one: --to names the store that the jobs are in already. Name another one, or "
+                "another namespace (--to-namespace)."
+            )
         own = f"{self.source.root}:mig:own"
         deadline = time.monotonic() + LOCK + 1
         # One who was killed cannot give the lock back.

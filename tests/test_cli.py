@@ -177,6 +177,14 @@ def test_help_needs_neither_numpy_nor_the_modules_of_the_commands() -> None:
         (["result", "x", "--timeout", "soon"], "'soon' is no duration"),
         (["submit", "a", "--delay", "-5"], "'-5' is no duration"),
         (["submit", "a", "--priority", "5000"], "5000 is not in the range"),
+        (["submit", "a", "--priority", "high"], "'high' is not a whole number from -1,000 to 1,000."),
+        (["jobs", "--cursor", "x"], "'x' is not a whole number of 0 or more."),
+        (["submit", "a", "--queue", ""], "the name of a queue is not empty"),
+        (["submit", "a", "--unique-for", "soon", "--unique-key", "k"], "'soon' is neither queued nor active"),
+        (["submit", "a", "--unique-policy", "reject"], "give that, too"),
+        (["limit", "--unset"], "--unset needs the NAME of a limit"),
+        (["dead", "frob"], "No such command 'frob'; there are export, import"),
+        (["submit", "a", "--tga", "x"], "Did you mean '--tag'? Try `mlqueue submit --help`."),
         (["submit", "a", "--no-such"], "--no-such"),
         (["submit", "a", "--kwargs", "[1]"], "is JSON, but a list; it must be an object"),
         (["submit", "a", "--kwargs", "{x"], "is not JSON; it must be an object"),
@@ -603,7 +611,12 @@ def test_a_terminal_gets_a_live_bar_and_no_binary(shop: Folder) -> None:
 def test_a_worker_whose_module_is_missing_fails(folder: Folder) -> None:
     ran = folder.process("worker", "no_such_module", "--processes", "1")
     assert (1, b"") == (ran.code, ran.out)
-    assert "No module named 'no_such_module'" in ran.err
+    assert "No module named 'no_such_module', seen from " in ran.err
+    assert "Give the module that declares your actors" in ran.err
+    assert "Traceback" not in ran.err
+    ran = folder.process("worker", "here/no_such_file.py", "--processes", "1")
+    assert (1, b"") == (ran.code, ran.out)
+    assert "there is no here/no_such_file.py, seen from " in ran.err
 
 
 # The parts.

@@ -112,7 +112,7 @@ class TestTheDoctor:
         assert texts[0] == ("1 gave no sign of life for longer than their lease, and hold 0 jobs: there:7")
         assert texts[1].startswith("nobody has looked after them for ")
         assert texts[2:] == [
-            "1 of unknown wait in queue default, which no worker runs",
+            "1 job of unknown waits in queue default; no worker runs it there",
             "0 alive, 0 jobs running, 2 waiting",
         ]
 

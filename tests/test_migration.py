@@ -18,7 +18,7 @@ from faults.servers import OwnServer
 from support import eventually, fresh_app
 
 import mlqueue
-from mlqueue import MLQ, InvalidTransition, JobNotFound, Settings, State, codec
+from mlqueue import MLQ, InvalidTransition, JobNotFound, Settings, SettingsError, State, codec
 from mlqueue.job import NewJob
 from mlqueue.migration import Migration
 from mlqueue.store.chunks import CHUNK
@@ -337,7 +337,7 @@ class TestWhoMigrates:
             migrate(mlq, target)
 
     def test_cannot_move_a_store_to_itself(self, mlq: MLQ) -> None:
-        with pytest.raises(InvalidTransition, match="the two stores are one"):
+        with pytest.raises(SettingsError, match="the two stores are one"):
             migrate(mlq, mlq)
 
     @pytest.mark.parametrize("after", ["out", "chunks", "in", "done"])

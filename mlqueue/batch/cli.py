@@ -36,7 +36,7 @@ def _telling(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"mlqueue: {message}", err=True)
     raise click.exceptions.Exit(exit_code)
 
 

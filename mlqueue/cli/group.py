@@ -183,7 +183,22 @@ def _run(words: list[str], call: Call) -> int:
 def _usage_text(error: click.ClickException) -> str:
     ctx = getattr(error, "ctx", None)
     message = error.format_message().rstrip(".")
-    return f"{message}. Try `{ctx.command_path} --help`." if ctx is not None else f"{message}."
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        # click names its own class instead of what is allowed.
+        allowed = f"a whole number{_range_text(error.param.type)}"
+        message = message.replace("a valid integer range", allowed).replace("a valid integer", allowed)
+    elif ctx is not None and isinstance(ctx.command, click.Group) and message.startswith("No such command"):
+        message = f"{message}; there are {', '.join(ctx.command.list_commands(ctx))}"
+    if not message.endswith("?"):
+        message += "."
+    return f"{message} Try `{ctx.command_path} --help`." if ctx is not None else message
+
+
+def _range_text(kind: object) -> str:
+    low, high = getattr(kind, "min", None), getattr(kind, "max", None)
+    if high is not None:
+        return f" from {low or 0:,} to {high:,}"
+    return "" if low is None else f" of {low:,} or more"
 
 
 def _wants_json(words: Sequence[str]) -> bool:

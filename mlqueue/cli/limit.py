@@ -25,7 +25,9 @@ def limit(call: Call, name: str | None, capacity: str | None, unset: bool) -> No
     if capacity is None and not unset:
         _show(call, name)
         return
-    if name is None or (capacity is not None and unset):
+    if name is None:
+        raise click.UsageError("--unset needs the NAME of a limit; `mlqueue limit` lists them")
+    if capacity is not None and unset:
         raise click.UsageError("give either a number or --unset")
     limits = Limits(open_store(call, start=True))
     if unset:

@@ -83,7 +83,9 @@ class NumbersAreArguments(click.Command):
 @click.option("--fair-by", metavar="TEXT", help="Jobs of each such text have their turn.")
 @click.option("--concurrency-key", metavar="TEXT", help="Of the actor's jobs with this key so many run at a time.")
 @click.option("--unique-key", metavar="TEXT", help="Of the actor's jobs with this key there is one.")
-@click.option("--unique-for", metavar="TIME", help="As long as it is queued, active [active], or a duration.")
+@click.option(
+    "--unique-for", type=types.scope, metavar="TIME", help="As long as it is queued, active [active], or a duration."
+)
 @click.option(
     "--unique-policy",
     type=click.Choice(["return", "reject", "replace"]),
@@ -108,7 +110,7 @@ def submit(
     fair_by: str | None,
     concurrency_key: str | None,
     unique_key: str | None,
-    unique_for: str | None,
+    unique_for: str | float | None,
     unique_policy: str | None,
     job_id: str | None,
     wait: bool,
@@ -120,6 +122,8 @@ def submit(
     """
     if job_id is not None:
         check_id(job_id)
+    if queue == "":
+        raise click.UsageError("--queue '': the name of a queue is not empty; leave it out for the actor's own")
     actor = actor.removeprefix(MARK)
     args = tuple(from_text(text.removeprefix(MARK)) for text in arguments)
     keywords = ({} if kwargs is None else object_from_text("--kwargs", kwargs)) | _files(
@@ -128,8 +132,9 @@ def submit(
     options: dict[str, Any] = {"delay": delay, "priority": priority, "tags": list(tags) or None}
     options |= {"callback": callback, "webhook": webhook}
     options |= {"queue_timeout": queue_timeout, "hard_time_limit": hard_time_limit}
-    holds = unique_for if unique_for in ("queued", "active", None) else types.duration(str(unique_for))
-    options |= {"unique_for": holds, "unique_policy": unique_policy}
+    if unique_key is None and (unique_for is not None or unique_policy is not None):
+        raise click.UsageError("--unique-for and --unique-policy say more of a --unique-key; give that, too")
+    options |= {"unique_for": unique_for, "unique_policy": unique_policy}
     given = {name: value for name, value in options.items() if value is not None}
     keys = {"fair_by": fair_by, "concurrency_key": concurrency_key, "unique_key": unique_key}
     given |= {name: key or None for name, key in keys.items() if key is not None}

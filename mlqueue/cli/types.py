@@ -1,4 +1,4 @@
-"""Durations and times as options take them. Each is a function that click calls with the text of the option."""
+"""Durations, times and scopes as options take them. Each is a function that click calls with the text of the option."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def duration(text: str | float) -> float:
     return found
 
 
+def scope(text: str | float) -> str | float:
+    """How long a unique key holds: ``queued``, ``active``, or seconds."""
+    found = parse_duration(str(text))
+    if text in ("queued", "active"):
+        return text
+    if not found:
+        raise click.BadParameter(f"{text!r} is neither queued nor active nor a duration of more than 0 (30, 10m, 2h).")
+    return found
+
+
 def moment(text: str | float) -> float:
     """Unix seconds of a time: how long ago (``10m``, ``2h``), ISO 8601 (local where it names no zone), or ``@`` and
     Unix seconds."""
@@ -38,4 +48,4 @@ def moment(text: str | float) -> float:
         ) from None
 
 
-__all__ = ["duration", "moment"]
+__all__ = ["duration", "moment", "scope"]
