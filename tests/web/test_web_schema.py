@@ -212,7 +212,7 @@ def test_values_become_what_the_hint_says() -> None:
 
 class Chain(TypedDict, total=False):
     value: int
-    next: Optional[Chain]
+    next: Chain | None
 
 
 def test_what_is_nested_is_looked_at_once_however_deep_its_fault_is() -> None:
@@ -221,7 +221,7 @@ def test_what_is_nested_is_looked_at_once_however_deep_its_fault_is() -> None:
     for _ in range(60):
         value = {"next": value}
     with pytest.raises(InvalidArguments, match=r"\$(\.next){60}\.value is the text 'no number'; allowed is a whole"):
-        check(schema_of(Optional[Chain]), value)
+        check(schema_of(Chain | None), value)
 
 
 def test_a_fault_says_what_was_got_and_what_is_allowed() -> None:
