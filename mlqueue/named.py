@@ -54,6 +54,11 @@ class NamedSource(Generic[P, S]):
         if args:
             raise TypeError(f"{self.name}(...): give keyword arguments only; workers are told of them by name.")
         source = self.factory(*args, **kwargs)
+        if not hasattr(source, "batch_iterator"):
+            raise TypeError(
+                f"the factory of data source {self.name!r} returned a {type(source).__name__}, not a data source; make "
+                "it return one, as mlqueue.batch.data_source.ArrayDataSource([x, y])."
+            )
         source.reference = Reference(self.name, codec.encode(kwargs, path=f"source {self.name}"))  # type: ignore[attr-defined]
         return source
 

@@ -635,6 +635,15 @@ class Settings:
             none="where BatchUp kept its own, else the user's cache folder",
         ),
     )
+    gather_threads: int | None = field(
+        default=None,
+        metadata=_about(
+            "How many threads copy the rows of one large batch of arrays in memory, where no pool does. mlqueue.batch "
+            "reads it by itself.",
+            _Count(1, 64),
+            none="2, or 1 where there is one processor",
+        ),
+    )
     log_level: str = field(
         default="INFO",
         metadata=_about(

@@ -37,6 +37,7 @@ from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.applied import Applied
 from mlqueue.batch.bell import Bell
 from mlqueue.batch.crew import BatchCall, Call, Crew, How, Work, closed_error
+from mlqueue.batch.data_source import AbstractDataSource
 from mlqueue.batch.errors import BatchSkipped, SourceMismatch
 from mlqueue.batch.links import Peer, Report
 from mlqueue.batch.pickling import pickle_code
@@ -44,6 +45,7 @@ from mlqueue.batch.process_crew import WorkerDied, same_bytes
 from mlqueue.batch.requests import PURPOSE, encode_request, load_signed, rebuild_error
 from mlqueue.batch.transport import Segment, SlotArena, SlotWriter, TransportError, read_description
 from mlqueue.batch.ways import Doors
+from mlqueue.errors import SigningKeyMissing
 from mlqueue.named import NamedSource, Reference
 from mlqueue.signing import Keyring
 
@@ -848,7 +850,15 @@ class ActorCrew(Crew):
                 "version": self._named[reference.name].version(reference.kwargs),
                 "files": as_bytes(stamped(storage.files_of(value))),
             }, serving.NAMED
-        Keyring(self._keys, PURPOSE)  # raises where there is no key
+        try:
+            Keyring(self._keys, PURPOSE)
+        except SigningKeyMissing as error:
+            if not isinstance(value, AbstractDataSource):
+                raise
+            raise SigningKeyMissing(
+                f"{error} Or have workers make the source: one that a function registered by "
+                f'@mlq.data_source("name") returns is sent as that name (this {type(value).__name__} has none).'
+            ) from None
         paths: dict[str, None] = {}
         body, buffers = pickle_code(
             value, refer=self._refer, by_path=lambda part: paths.update(dict.fromkeys(storage.backing(part) or ()))

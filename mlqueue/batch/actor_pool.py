@@ -100,12 +100,16 @@ class ActorPool(AbstractWorkerPool):
     ) -> None:
         if errors not in get_args(Policy):
             raise ValueError(f"errors must be 'raise', 'skip' or 'retry', got {errors!r}.")
-        if stragglers is not None and not stragglers > 1:
+        if not isinstance(mlq, MLQ):
+            raise TypeError(f"mlq must be an MLQ, whose workers prepare batches; got a {type(mlq).__name__}.")
+        if isinstance(retries, bool) or not isinstance(retries, int | np.integer) or retries < 0:
+            raise ValueError(f"retries must be an int, 0 or more; got {retries!r}.")
+        if stragglers is not None and not (isinstance(stragglers, int | float | np.number) and stragglers > 1):
             raise ValueError(f"stragglers must be a number above 1 (times the median), or None; got {stragglers!r}.")
         terms = Terms(
             workers=processors() if workers is None else at_least_one(workers, "workers"),
             errors=errors,
-            retries=retries,
+            retries=int(retries),
             lease=_above_zero(lease, "lease"),
             linger=_above_zero(linger, "linger"),
             slice=_above_zero(slice, "slice"),

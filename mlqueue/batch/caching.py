@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +79,9 @@ def parts_of(batch: Any) -> tuple[list[str] | None, list[np.ndarray]]:
 
 def write_cache_file(path: Path, batches: Iterator[Any], key: str) -> int:
     """Write all batches into a cache file; gives the number of samples."""
+    # Imported here, because every worker process imports this module, and that one many others.
+    import tempfile
+
     tables = need_tables()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=path.name + ".", suffix=".part", dir=path.parent)

@@ -88,6 +88,8 @@ def get_data_dir() -> str:
 
 def get_data_path(filename: str) -> str:
     """The path of ``filename`` within the folder of the data sets; an absolute one is returned as it is."""
+    if Path(filename).is_absolute():
+        return os.fspath(filename)  # the home folder may be one that cannot be had
     return os.path.join(get_data_dir(), filename)  # noqa: PTH118
 
 

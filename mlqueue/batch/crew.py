@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlqueue.batch import gathering
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.pickling import pickle_code
@@ -75,14 +76,23 @@ class BatchCall:
         return pickle.dumps(request, 5) if is_plain(self.index_batch) else pickle_code(request, whole=True)[0]
 
     def __str__(self) -> str:
-        return f"batch {self.key[2]} (sample indices {np.array2string(as_sample(self.index_batch), threshold=16)})"
+        return f"batch {self.key[2]} (sample indices {shown(self.index_batch)})"
 
 
-def as_sample(index_batch: Any) -> np.ndarray:
-    """The indices of the first source in an index batch, to show them."""
-    while isinstance(index_batch, tuple | list) and index_batch and np.ndim(index_batch[0]):
-        index_batch = index_batch[0]
-    return np.asarray(index_batch)
+def shown(index_batch: Any) -> str:
+    """The indices of the first source in an index batch, to be read. Of an index batch of the user's own, whatever can
+    be said: this describes errors, and must not raise another."""
+    while True:
+        if isinstance(index_batch, ChoiceBatch | SeededBatch):
+            index_batch = index_batch.sample_indices
+        elif isinstance(index_batch, tuple | list) and index_batch and not isinstance(index_batch[0], int | np.integer):
+            index_batch = index_batch[0]
+        else:
+            break
+    try:
+        return np.array2string(np.asarray(index_batch), threshold=16)
+    except Exception:  # noqa: BLE001 - it may be anything
+        return f"in a {type(index_batch).__name__}"
 
 
 def is_plain(index_batch: Any) -> bool:
@@ -217,14 +227,19 @@ class ThreadCrew(Crew):
 
 
 def _work_in_thread(inbox: Inbox) -> None:
+    with gathering.without_help():
+        _work_alone(inbox)
+
+
+def _work_alone(inbox: Inbox) -> None:
     while (lease := inbox.get()) is not None:
         work, lease.work = lease.work, None
         if not lease.cancelled and work is not None:
             try:
                 lease.value = work.run()
             except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-                error.add_note(f"Raised in a worker thread by {work}.")
                 lease.error = error
+                error.add_note(f"Raised in a worker thread by {work}.")
         lease.ready.release()
         del lease, work
 

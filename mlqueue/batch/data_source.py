@@ -25,7 +25,15 @@ from typing import Any
 import numpy as np
 
 from mlqueue.batch.caching import MemoryCache, open_cache_file, write_cache_file
-from mlqueue.batch.iteration import BatchIterator, ChoiceBatch, ReplayIterator, SeededBatch, noise_generator
+from mlqueue.batch.iteration import (
+    BatchIterator,
+    ChoiceBatch,
+    ReplayIterator,
+    SeededBatch,
+    as_structure,
+    noise_generator,
+    trim_parts,
+)
 from mlqueue.batch.iterators import (
     ArrayIterator,
     ChoiceIterator,
@@ -337,11 +345,11 @@ class ArrayDataSource(RandomAccessDataSource):
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         """The samples at `indices`: an int, a slice, or 1-D ints."""
-        if not isinstance(indices, np.ndarray | slice):
-            indices = operator.index(indices) if np.ndim(indices) == 0 else np.asarray(indices, np.intp)
+        if not isinstance(indices, slice):
+            indices = as_positions(indices, self.length)
         parts = [read(indices) for read in self._readers]
         if self.include_indices:
-            parts.insert(0, np.arange(*indices.indices(self.length)) if isinstance(indices, slice) else indices)
+            parts.insert(0, own_indices(indices, self.length))
         return self._as_batch(parts)
 
     def _as_batch(self, parts: list[Any]) -> Batch:
@@ -357,7 +365,7 @@ class ArrayDataSource(RandomAccessDataSource):
             rows_into(array, read, indices, empty) for array, read in zip(self._arrays, self._readers, strict=True)
         ]
         if self.include_indices:
-            parts.insert(0, indices)
+            parts.insert(0, own_indices(indices, self.length))
         return self._as_batch(parts)
 
     def batch_iterator(  # type: ignore[override]
@@ -398,9 +406,10 @@ class FunctionDataSource(RandomAccessDataSource):
         self.fn = fn
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
-        batch = as_batch(self.fn(indices))
+        batch = as_batch(self.fn(indices.copy() if isinstance(indices, np.ndarray) else indices))
         if not self.include_indices:
             return batch
+        indices = own_indices(indices, self.length)
         return {"indices": indices, **batch} if isinstance(batch, dict) else (indices, *batch)
 
 
@@ -424,10 +433,16 @@ class CallableDataSource(AbstractDataSource):
         return self.num_samples_fn  # type: ignore[no-any-return]
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
-        """An iterator over what the function gives. Resumed, the function is called again and what was seen skipped,
-        unless its iterator has state_dict() and load_state_dict() of its own."""
+        """An iterator over what the function gives, which is called now. Resumed, the function is called again and what
+        was seen skipped, unless its iterator has state_dict() and load_state_dict() of its own."""
+        iterator = self.unbegun_iterator(batch_size, **kwargs)
+        iterator.begin()
+        return iterator
+
+    def unbegun_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
+        """The same, but the function is called at the first batch, or by ``begin()``."""
         shuffle = kwargs.get("shuffle")
-        known = None if shuffle is None or isinstance(shuffle, bool | int) else as_shuffle(shuffle)
+        known = None if shuffle is None or (isinstance(shuffle, int) and shuffle is not True) else as_shuffle(shuffle)
         return TupleIterator(ReplayIterator(lambda: self.batch_iterator_fn(batch_size, **kwargs), known))
 
 
@@ -485,12 +500,13 @@ class CompositeDataSource(AbstractDataSource):
     def samples_into(self, indices: Sequence[IndexBatch], empty: Empty) -> Batch:
         """The same as :meth:`samples_by_indices_nomapping`, in arrays that ``empty(shape, dtype)`` makes."""
         self._check_indices(indices)
-        return self._join([samples_into(ds, part, empty) for ds, part in zip(self.datasets, indices, strict=True)])
+        parts = [samples_into(ds, part, empty) for ds, part in zip(self.datasets, indices, strict=True)]
+        return self._join(trim_parts(parts) if self.trim else parts)
 
     def _gather(self, method: str, indices: Sequence[IndexBatch]) -> Batch:
         self._check_indices(indices)
         parts = [getattr(ds, method)(part) for ds, part in zip(self.datasets, indices, strict=True)]
-        return self._join(parts)
+        return self._join(trim_parts(parts) if self.trim else parts)
 
     def _check_indices(self, indices: Sequence[IndexBatch]) -> None:
         need_random_access(self)
@@ -501,7 +517,7 @@ class CompositeDataSource(AbstractDataSource):
 
     def _join(self, parts: list[Batch]) -> Batch:
         if not self.flatten:
-            return tuple(parts)
+            return tuple([as_structure(part) for part in parts])
         if parts and all(isinstance(part, dict) for part in parts):
             return merged(parts)
         return tuple(array for part in parts for array in parts_of(part))
@@ -509,18 +525,12 @@ class CompositeDataSource(AbstractDataSource):
     def batch_indices_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
         """An iterator over tuples of index batches, one for each member, cut to the shortest."""
         need_random_access(self)
-        members = self._members("batch_indices_iterator", batch_size, kwargs)
+        members = open_members(self.datasets, "batch_indices_iterator", batch_size, kwargs)
         return CompositeIterator(members, trim=True, join=tuple)
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
-        members = self._members("batch_iterator", batch_size, kwargs)
+        members = open_members(self.datasets, "batch_iterator", batch_size, kwargs)
         return CompositeIterator(members, trim=self.trim, join=self._join)
-
-    def _members(self, method: str, batch_size: int, kwargs: dict[str, Any]) -> list[Any]:
-        check_batch_size(batch_size)
-        return [
-            getattr(ds, method)(batch_size, **member_kwargs(kwargs, number)) for number, ds in enumerate(self.datasets)
-        ]
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> CompositeDataSource:
         """A composite of the members' parts; see :meth:`RandomAccessDataSource.shard`."""
@@ -548,7 +558,6 @@ class ChoiceDataSource(AbstractDataSource):
 
     def num_samples(self, **kwargs: Any) -> float | int | None:
         """The sum over the members that know theirs. Not stratified, an iteration may end before."""
-        kwargs.setdefault("shuffle", None)
         return sum(n for n in (ds.num_samples(**kwargs) for ds in self.datasets) if n is not None)
 
     def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
@@ -613,10 +622,7 @@ class ChoiceDataSource(AbstractDataSource):
     def _iterator(
         self, method: str, batch_size: int, kwargs: dict[str, Any], wrap: Callable[[Any, int], Any] | None
     ) -> BatchIterator:
-        check_batch_size(batch_size)
-        members = [
-            getattr(ds, method)(batch_size, **member_kwargs(kwargs, number)) for number, ds in enumerate(self.datasets)
-        ]
+        members = open_members(self.datasets, method, batch_size, kwargs)
         shuffle, epoch = as_shuffle(kwargs["shuffle"]), kwargs.get("epoch", 0)
         counts = self._member_batches(batch_size, kwargs) if self.stratified else []
         if not self._visits_all(counts):
@@ -681,7 +687,7 @@ class MapDataSource(AbstractDataSource):
     def _gather(self, method: str, indices: IndexBatch, empty: Empty = np.empty) -> Batch:
         need_random_access(self)
         key = None
-        if isinstance(indices, SeededBatch):
+        if self._takes_rng and isinstance(indices, SeededBatch):  # else the key is that of a source within
             indices, key = indices
         return self.apply(getattr(self.source, method)(indices), key, empty)
 
@@ -690,7 +696,7 @@ class MapDataSource(AbstractDataSource):
         extra: dict[str, Any] = {"empty": empty} if self._takes_empty else {}
         if self._takes_rng:
             extra["rng"] = np.random.default_rng(self.seed) if key is None else noise_generator(key)
-        return self.fn(batch, **extra) if isinstance(batch, dict) else self.fn(*batch, **extra)
+        return as_structure(self.fn(batch, **extra) if isinstance(batch, dict) else self.fn(*batch, **extra))
 
     def batch_indices_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
         """The source's index batches; as :class:`SeededBatch` where the function takes a generator."""
@@ -699,14 +705,17 @@ class MapDataSource(AbstractDataSource):
         return self._keyed(indices, kwargs, SeededBatch) if self._takes_rng else indices
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
-        batches = self.source.batch_iterator(batch_size, **kwargs)
+        # Its arrays are the function's own, to write into, whatever is done with those that it returns.
+        given = {name: value for name, value in kwargs.items() if name != "copy"}
+        batches = open_iterator(self.source, "batch_iterator", batch_size, given)
         return self._keyed(batches, kwargs, self.apply) if self._takes_rng else KeyedIterator(batches, None, self.apply)
 
     def _keyed(self, batches: Any, kwargs: dict[str, Any], apply: Callable[[Any, Any], Any]) -> KeyedIterator:
         shuffle = as_shuffle(self.seed if self.seed is not None else kwargs.get("shuffle"))
         epoch = kwargs.get("epoch", 0)
         fixed = not isinstance(shuffle, StreamShuffle)
-        return KeyedIterator(batches, lambda: (noise_entropy(shuffle), epoch), apply, fixed)
+        depth = random_depth(self.source)
+        return KeyedIterator(batches, lambda: (noise_entropy(shuffle, depth), epoch), apply, fixed)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> MapDataSource:
         """The mapped part of the source; see :meth:`RandomAccessDataSource.shard`."""
@@ -892,13 +901,39 @@ def common_length(data: Any) -> int:
     for name, array in named:
         if not is_array_like(array):
             raise TypeError(f"data[{name!r}] is not like an array (it needs a length and []): {type(array).__name__}.")
-        lengths.append(len(array))
+        try:
+            lengths.append(len(array))
+        except TypeError as error:  # an array without dimensions
+            raise TypeError(f"data[{name!r}] has no length, so it has no samples: {error}.") from error
         if lengths[-1] != lengths[0]:
             raise ValueError(
                 f"the arrays must be of equal length, but data[{named[0][0]!r}] has {lengths[0]} samples and "
                 f"data[{name!r}] has {lengths[-1]}."
             )
     return lengths[0]
+
+
+def as_positions(indices: Any, length: int) -> Any:
+    """What a source of this length is asked for, as an int, or as 1-D ints where it was a list or a mask of bools."""
+    given = np.asarray(indices)
+    kind = given.dtype.kind
+    if kind in "iu":
+        return given if given.ndim else operator.index(given[()])
+    if kind == "b" and given.shape == (length,):
+        return np.flatnonzero(given)
+    if not given.size and given.ndim == 1:
+        return np.empty(0, np.intp)
+    raise IndexError(
+        f"samples are asked for by an int, a slice, 1-D ints, or a mask of {length} bools; got {given.dtype} of shape "
+        f"{given.shape}."
+    )
+
+
+def own_indices(indices: Any, length: int) -> Any:
+    """The indices of a batch's samples as a part of that batch, to be written into like the others."""
+    if isinstance(indices, slice):
+        return np.arange(*indices.indices(length))
+    return indices.copy() if isinstance(indices, np.ndarray) else indices
 
 
 def check_source(ds: Any) -> AbstractDataSource:
@@ -926,6 +961,22 @@ def member_kwargs(kwargs: dict[str, Any], number: int) -> dict[str, Any]:
     if "shuffle" not in kwargs:
         return kwargs
     return {**kwargs, "shuffle": member_seed(kwargs["shuffle"], number)}
+
+
+def open_members(
+    datasets: Sequence[AbstractDataSource], method: str, batch_size: int, kwargs: dict[str, Any]
+) -> list[Any]:
+    """Iterators over the members of a source, by this method of theirs."""
+    check_batch_size(batch_size)
+    return [open_iterator(ds, method, batch_size, member_kwargs(kwargs, number)) for number, ds in enumerate(datasets)]
+
+
+def open_iterator(ds: AbstractDataSource, method: str, batch_size: int, kwargs: dict[str, Any]) -> Any:
+    """An iterator over a source that another one is made of: no function of the user's is called before the first
+    batch, as in BatchUp, since it may draw from a generator that the sources share."""
+    if method == "batch_iterator" and type(ds).batch_iterator is CallableDataSource.batch_iterator:
+        return ds.unbegun_iterator(batch_size, **kwargs)  # type: ignore[attr-defined]
+    return getattr(ds, method)(batch_size, **kwargs)
 
 
 def shard_of(ds: AbstractDataSource, rank: int, world_size: int, drop_last: bool, pad: bool) -> AbstractDataSource:
@@ -967,6 +1018,8 @@ def takes(fn: Callable[..., Any], name: str) -> bool:
         parameter = inspect.signature(fn).parameters.get(name)
     except (TypeError, ValueError):
         return False
+    if isinstance(fn, partial) and name in fn.keywords:
+        return False  # it is given one already
     return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -976,8 +1029,20 @@ def samples_into(ds: AbstractDataSource, indices: IndexBatch, empty: Empty) -> B
     return ds.samples_by_indices_nomapping(indices) if into is None else into(indices, empty)  # type: ignore[attr-defined]
 
 
-def noise_entropy(shuffle: Shuffle | None) -> int:
-    """What map functions' generators are derived from; anew each time without a shuffle."""
+def random_depth(ds: AbstractDataSource) -> int:
+    """Over how many random maps, one within the other, a map of this source is."""
+    members = ds.datasets if isinstance(ds, CompositeDataSource | ChoiceDataSource) else ()
+    within = [getattr(ds, "source", None), *members]
+    depths = [random_depth(inner) for inner in within if isinstance(inner, AbstractDataSource)]
+    return (isinstance(ds, MapDataSource) and ds.is_random) + max(depths, default=0)
+
+
+def noise_entropy(shuffle: Shuffle | None, depth: int = 0) -> int:
+    """What map functions' generators are derived from; anew each time without a shuffle. `depth`: tells the maps apart
+    that are one within the other, which would else be given the same numbers."""
     if shuffle is None:
         return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-    return shuffle.noise_entropy()
+    entropy = shuffle.noise_entropy()
+    if not depth:
+        return entropy
+    return int(np.random.SeedSequence(entropy, spawn_key=(depth,)).generate_state(1, np.uint64)[0])

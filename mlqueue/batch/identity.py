@@ -63,6 +63,8 @@ def _feed(digest: Any, value: Any, named: Named, seen: set[int]) -> None:
     if isinstance(reference, Reference) and reference.name in named:
         version = named[reference.name].version(reference.kwargs)
         tell(reference.name, reference.kwargs, version, _stamps(storage.files_of(value)))
+        # A shard has the name of its source, of which workers read the same samples, but not the same results.
+        _feed(digest, getattr(value, "sampler", None), named, seen)
         return
     files = storage.backing(value)
     if files is not None:

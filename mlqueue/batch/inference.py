@@ -21,7 +21,7 @@ from mlqueue.batch.applied import Applied, BatchFunction, function_of
 from mlqueue.batch.data_source import AbstractDataSource, check_source
 from mlqueue.batch.identity import name_of, version_of
 from mlqueue.batch.kept import KeptRun
-from mlqueue.batch.reduction import same_number
+from mlqueue.batch.reduction import as_first, same_number
 from mlqueue.batch.work_pool import AbstractWorkerPool, ParallelIterator
 
 __all__ = ["Run", "batch_function"]
@@ -33,7 +33,7 @@ Progress = Callable[..., Any]
 
 def batch_function(mlq: MLQ, actor: Any, prepend_args: tuple[Any, ...] | None, **more: Any) -> BatchFunction:
     """The function of an actor (or of the actor of this name), or a function that is sent as it is."""
-    first = tuple(prepend_args or ())
+    first = as_first(prepend_args)
     if isinstance(actor, str):
         declared = mlq.broker.actors.get(actor)
         return BatchFunction(

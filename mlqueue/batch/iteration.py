@@ -1,7 +1,7 @@
 """Iterators over mini-batches that can be saved and resumed, and the shape of a mini-batch.
 
 A mini-batch is a tuple of arrays with equal first dimension, possibly nested, or a dict of them. A list counts as a
-tuple where a batch is expected.
+tuple where a batch is expected; within a batch it is a part with a value for each sample, like an array.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class SeededBatch(NamedTuple):
 
 def batch_length(batch: Any) -> int:
     """The number of samples in a batch or an index batch: that of its first array."""
+    batch = as_structure(batch)
     while True:
         if isinstance(batch, ChoiceBatch | SeededBatch):
             batch = batch.sample_indices
-        elif isinstance(batch, tuple | list) and batch and not isinstance(batch[0], int | float | str):
+        elif isinstance(batch, tuple) and batch:
             batch = batch[0]
         elif isinstance(batch, dict) and batch:
             batch = next(iter(batch.values()))
@@ -51,15 +52,32 @@ def batch_length(batch: Any) -> int:
 
 def trim_batch(batch: Any, length: int) -> Any:
     """The first `length` samples of a batch or an index batch."""
+    batch = as_structure(batch)
     if isinstance(batch, ChoiceBatch | SeededBatch):
-        return batch._replace(sample_indices=trim_batch(batch.sample_indices, length))
-    if isinstance(batch, tuple):
-        return tuple(trim_batch(part, length) for part in batch)
-    if isinstance(batch, list) and batch and hasattr(batch[0], "__len__"):
-        return [trim_batch(part, length) for part in batch]
-    if isinstance(batch, dict):
-        return {name: trim_batch(part, length) for name, part in batch.items()}
-    return batch[:length]
+        return batch._replace(sample_indices=_trim(batch.sample_indices, length))
+    return _trim(batch, length)
+
+
+def _trim(part: Any, length: int) -> Any:
+    if isinstance(part, ChoiceBatch | SeededBatch):
+        return part._replace(sample_indices=_trim(part.sample_indices, length))
+    if isinstance(part, tuple):
+        return tuple(_trim(inner, length) for inner in part)
+    if isinstance(part, dict):
+        return {name: _trim(inner, length) for name, inner in part.items()}
+    return part[:length]
+
+
+def trim_parts(parts: list[Any]) -> list[Any]:
+    """Batches, or index batches, cut to the shortest of them."""
+    lengths = [batch_length(part) for part in parts]
+    shortest = min(lengths, default=0)
+    return [trim_batch(part, shortest) for part in parts] if max(lengths, default=0) > shortest else parts
+
+
+def as_structure(batch: Any) -> Any:
+    """A batch as the tuple that a list stands for; anything else as it is."""
+    return tuple(batch) if isinstance(batch, list) else batch
 
 
 class BatchIterator(ABC, Iterator[Any]):
@@ -85,6 +103,10 @@ class BatchIterator(ABC, Iterator[Any]):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a place that :meth:`state_dict` gave; raises StateError when it belongs to other arguments."""
+
+    def begin(self) -> None:
+        """Call the function that makes the batches, where there is one: sources made of others do so at their first
+        batch, for all members before they draw from any."""
 
     def close(self) -> None:
         """End the iteration: nothing more comes, and what is held (threads, files, buffers) is let go."""
@@ -116,8 +138,9 @@ def check_state(state: dict[str, Any], kind: str, **expected: Any) -> None:
 class ReplayIterator(BatchIterator):
     """Batches of an iterator that knows nothing of states: to resume, it is made again and what was seen is skipped.
 
-    `make` gives the iterator; it is called at the first batch. If it draws from `shuffle`, that is put back to where
-    it was when the iterator was made. Exact when `make` gives the same batches again.
+    `make` gives the iterator; it is called by :meth:`begin`, or at the first batch. If it draws from `shuffle`, that is
+    put back to where it was when the iterator was made, and afterwards to where it was when the state was saved. Exact
+    when `make` gives the same batches again.
     """
 
     def __init__(self, make: Callable[[], Iterator[Any]], shuffle: Shuffle | None = None) -> None:
@@ -130,12 +153,16 @@ class ReplayIterator(BatchIterator):
     def __next__(self) -> Any:
         if self._closed:
             raise StopIteration
-        if self._batches is None:
-            self._rng_state = self._save_rng()
-            self._batches = iter(self._make())
+        self.begin()
+        assert self._batches is not None
         batch = next(self._batches)
         self._number += 1
         return batch
+
+    def begin(self) -> None:
+        if self._batches is None and not self._closed:
+            self._rng_state = self._save_rng()
+            self._batches = iter(self._make())
 
     def _save_rng(self) -> Any:
         if self._shuffle is None:
@@ -153,7 +180,14 @@ class ReplayIterator(BatchIterator):
             return {"kind": "own", "number": self._number, "own": own()}
         if self._shuffle is not None and self._rng_state is None:
             self._shuffle.get_state()  # raises, saying what to give instead
-        return {"kind": "replay", "number": self._number, "rng": self._rng_state}
+        begun = self._batches is not None
+        return {
+            "kind": "replay",
+            "number": self._number,
+            "begun": begun,
+            "rng": self._rng_state,
+            "rng_now": self._save_rng(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if isinstance(state, dict) and state.get("kind") == "own":
@@ -167,12 +201,17 @@ class ReplayIterator(BatchIterator):
         check_state(state, "replay")
         if self._shuffle is not None:
             self._shuffle.set_state(state["rng"])
-        self._rng_state = state["rng"]
+        self._rng_state, self._batches = state["rng"], None
+        if not state["begun"]:
+            self._number = 0
+            return
         self._batches = iter(self._make())
         for seen in range(state["number"]):
             if next(self._batches, None) is None:
                 raise StateError(f"the state was saved after {state['number']} batches, but now only {seen} come.")
         self._number = state["number"]
+        if self._shuffle is not None and state["rng_now"] is not None:
+            self._shuffle.set_state(state["rng_now"])
 
     def close(self) -> None:
         self._closed = True

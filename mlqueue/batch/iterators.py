@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlqueue.batch.errors import StateError
-from mlqueue.batch.iteration import BatchIterator, batch_length, check_state, trim_batch
+from mlqueue.batch.iteration import BatchIterator, as_structure, batch_length, check_state, trim_parts
 from mlqueue.batch.order import Shuffle
 from mlqueue.batch.rows import Gatherer
 from mlqueue.batch.sampling import IndexIterator, saved_rng
@@ -108,7 +108,10 @@ class TupleIterator(BatchIterator):
 
     def __next__(self) -> Any:
         batch = next(self._batches)
-        return tuple(batch) if isinstance(batch, list) else batch
+        return as_structure(batch)
+
+    def begin(self) -> None:
+        self._batches.begin()
 
     def state_dict(self) -> dict[str, Any]:
         return self._batches.state_dict()
@@ -125,6 +128,14 @@ class SeveralIterators(BatchIterator):
 
     def __init__(self, members: list[Any]) -> None:
         self._members = members
+        self._begun = False
+
+    def _begin_members(self) -> None:
+        """At the first batch: functions of members are called, for all before any is drawn from."""
+        self._begun = True
+        for member in self._members:
+            if isinstance(member, BatchIterator):
+                member.begin()
 
     def _member_states(self) -> list[Any]:
         return [state_of(member) for member in self._members]
@@ -132,6 +143,7 @@ class SeveralIterators(BatchIterator):
     def _load_members(self, states: list[Any]) -> None:
         if len(states) != len(self._members):
             raise StateError(f"the state was saved with {len(states)} members, this source has {len(self._members)}.")
+        self._begun = False
         for member, state in zip(self._members, states, strict=True):
             member.load_state_dict(state)
 
@@ -152,13 +164,10 @@ class CompositeIterator(SeveralIterators):
     def __next__(self) -> Any:
         if not self._members:
             raise StopIteration
+        if not self._begun:
+            self._begin_members()
         parts = [next(member) for member in self._members]
-        if self._trim:
-            lengths = [batch_length(part) for part in parts]
-            shortest = min(lengths)
-            if max(lengths) > shortest:
-                parts = [trim_batch(part, shortest) for part in parts]
-        return self._join(parts)
+        return self._join(trim_parts(parts) if self._trim else parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": "composite", "members": self._member_states()}
@@ -183,6 +192,8 @@ class ChoiceIterator(SeveralIterators):
     def __next__(self) -> Any:
         if self._done:
             raise StopIteration
+        if not self._begun:
+            self._begin_members()
         if self._place == len(self._round):
             self._begin_round()
         member = self._round[self._place]
@@ -248,6 +259,8 @@ class StratifiedIterator(SeveralIterators):
         self._place = 0
 
     def __next__(self) -> Any:
+        if not self._begun:
+            self._begin_members()
         if self._schedule is None:
             self._rng_before = None if self._shuffle is None else saved_rng(self._shuffle)
             self._schedule = self._draw_schedule()

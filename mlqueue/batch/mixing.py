@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mlqueue.batch.data_source import AbstractDataSource, ChoiceDataSource, member_kwargs
+from mlqueue.batch.data_source import AbstractDataSource, ChoiceDataSource, open_members
 from mlqueue.batch.iteration import BatchIterator, check_state
 from mlqueue.batch.iterators import SeveralIterators
-from mlqueue.batch.order import Shuffle, as_shuffle, check_batch_size
+from mlqueue.batch.order import Shuffle, as_shuffle
 from mlqueue.batch.sampling import normalised_weights
 
 __all__ = ["MixDataSource", "mix"]
@@ -56,10 +56,7 @@ class MixDataSource(ChoiceDataSource):
     def _iterator(
         self, method: str, batch_size: int, kwargs: dict[str, Any], wrap: Callable[[Any, int], Any] | None
     ) -> BatchIterator:
-        check_batch_size(batch_size)
-        members = [
-            getattr(ds, method)(batch_size, **member_kwargs(kwargs, number)) for number, ds in enumerate(self.datasets)
-        ]
+        members = open_members(self.datasets, method, batch_size, kwargs)
         shuffle = as_shuffle(kwargs["shuffle"])
         return MixIterator(members, self.weights, shuffle, kwargs.get("epoch", 0), wrap, self.stop == "all")
 
@@ -90,6 +87,8 @@ class MixIterator(SeveralIterators):
         self._done = False
 
     def __next__(self) -> Any:
+        if not self._begun:
+            self._begin_members()
         while not self._done:
             member = self._next_member()
             try:

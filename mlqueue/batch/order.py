@@ -11,7 +11,6 @@ any other object                the same; it has to have ``permutation``
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -176,6 +175,9 @@ class StreamShuffle(Shuffle):
             state = self.get_state()
         except StateError:
             return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+        # Imported here: worker processes that only take rows do without it, and so without OpenSSL.
+        import hashlib
+
         return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "little")
 
     def get_state(self) -> Any:

@@ -12,11 +12,9 @@ owner dies or closes the pool, the setup connection ends, and the process with i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
-import random
 import signal
 import socket
 import struct
@@ -28,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from mlqueue.batch import skips
+from mlqueue.batch import gathering, skips
 from mlqueue.batch.data_source import ArrayDataSource
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotWriter, read_description, receive_record
@@ -175,6 +173,11 @@ def perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Cal
     ``("call", fn, args, kwargs)``, ``("batch", constant, index batch, key)``, or the short form of the latter for most
     index batches, ``("rows", constant, dtype, bytes, key)``.
     """
+    with gathering.without_help():
+        return _perform(request, constant, empty)
+
+
+def _perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Callable[..., np.ndarray]) -> Any:
     kind, *rest = request
     if kind == "call":
         function, args, kwargs = rest
@@ -221,6 +224,10 @@ def seeded_key(index_batch: Any) -> Key | None:
 
 def seed_global(key: Key) -> None:
     """Seed the global generators of numpy and of Python for one batch, so that it is the same whoever prepares it."""
+    # Imported here: who only takes rows of arrays does without them, and is sooner ready.
+    import hashlib
+    import random
+
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     np.random.seed(np.frombuffer(digest, np.uint32))
     random.seed(digest)
@@ -256,12 +263,15 @@ def safe_text(error: BaseException) -> str:
         return "(its text cannot be shown)"
 
 
-#: What ``python -c`` runs to become a worker: the path of modules comes first, because mlqueue may lie on it.
+#: What ``python -c`` runs to become a worker: the path of modules comes first, because mlqueue may lie on it. Imports
+#: leave nothing for the garbage collector, which would look through all of it several times.
 BOOTSTRAP = """
-import json, os, sys
+import gc, json, os, sys
+gc.disable()
 setup, leases, results, serial, paths = map(int, sys.argv[1:6])
 with os.fdopen(paths, "rb") as pipe:
     sys.path[:], sys.argv[:] = json.load(pipe)
 from mlqueue.batch.pool_worker import main
+gc.enable()
 main(setup, leases, results, serial)
 """

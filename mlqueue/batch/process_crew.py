@@ -29,7 +29,7 @@ import numpy as np
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.crew import Crew, How, Work, closed_error
 from mlqueue.batch.errors import BatchError
-from mlqueue.batch.pickling import pickle_code
+from mlqueue.batch.pickling import pickle_code, pickle_plain
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotArena, SlotWriter, send_record
 
 __all__ = ["ProcessCrew", "SharedConstant", "WorkerDied", "WorkerError"]
@@ -264,7 +264,8 @@ class ProcessCrew(Crew):
 
     def share(self, value: Any, earlier: Any = None) -> SharedConstant:
         self._check_usable()
-        pickled, buffers = pickle_code(value)
+        plain = pickle_plain(value) if worker.is_pure(value) else None
+        pickled, buffers = pickle_code(value) if plain is None else plain
         if isinstance(earlier, SharedConstant) and earlier.holds(pickled, buffers):
             return earlier
         constant = SharedConstant(next(self._constant_numbers), pickled, buffers)

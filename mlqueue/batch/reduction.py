@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -33,15 +34,15 @@ def batch_map_concat(
     Returns a tuple with one array for each that `func` returns; None when nothing was returned at all.
     Raises TypeError for another kind of result, ValueError when batches give different numbers of arrays or 0-d ones.
     """
-    parts: list[list[np.ndarray]] = []
+    parts: list[list[np.ndarray]] | None = None
     for _, results in _results(func, batch_iter, progress_iter_func, n_batches, prepend_args, total):
         arrays = [as_array(result) for result in results]
-        if not parts:
+        if parts is None:
             parts = [[] for _ in arrays]
         same_number(len(parts), len(arrays))
         for part, array in zip(parts, arrays, strict=True):
             part.append(array)
-    return tuple(np.concatenate(part, axis=0) for part in parts) if parts else None
+    return tuple(np.concatenate(part, axis=0) for part in parts) if parts is not None else None
 
 
 def batch_map_mean(
@@ -85,11 +86,13 @@ def _results(
     nones: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Each batch with the results of func as a sequence; those that are None only where `nones` asks for them."""
-    first = tuple(prepend_args or ())
+    first = as_first(prepend_args)
     if n_batches is not None:
-        if n_batches < 0:
+        if not n_batches >= 0:
             raise ValueError(f"n_batches must not be negative, got {n_batches}.")
-        batches, total = islice(batches, n_batches), n_batches
+        # A part of a batch counts as one: what is asked for may be the number of samples over the batch size.
+        most = None if np.isinf(n_batches) else math.ceil(n_batches)
+        batches, total = islice(batches, most), most
     if progress is not None:
         batches = progress(batches, total=total, leave=False)
     for batch in batches:
@@ -99,16 +102,35 @@ def _results(
                 yield batch, None
         elif isinstance(result, tuple | list):
             yield batch, result
+        elif isinstance(result, np.generic) and not nones:
+            raise TypeError(
+                f"the function must return arrays, a tuple of them, or None; got a single {type(result).__name__}."
+            )
         else:
             yield batch, (result,)
 
 
+def as_first(prepend_args: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    """The arguments before those of the batch. Raises TypeError for anything but a tuple or None."""
+    if prepend_args is None or isinstance(prepend_args, tuple):
+        return prepend_args or ()
+    raise TypeError(
+        f"prepend_args must be a tuple of the arguments to give first, got a {type(prepend_args).__name__}: "
+        "for a single one write (x,)."
+    )
+
+
 def as_array(result: Any) -> np.ndarray:
     """A result that is to be joined with those of other batches. Raises TypeError or ValueError where it cannot be."""
-    if not isinstance(result, np.ndarray):
+    if isinstance(result, list):
+        result = np.asarray(result)
+    if not isinstance(result, np.ndarray | np.generic):
         raise TypeError(f"the function must return arrays, a tuple of them, or None; got a {type(result).__name__}.")
-    if result.ndim == 0:
-        raise ValueError("the function returned an array without dimensions, which cannot be concatenated.")
+    if not isinstance(result, np.ndarray) or result.ndim == 0:
+        raise ValueError(
+            f"the function returned a single {result.dtype} without dimensions, which cannot be concatenated; return "
+            "an array with a row for each sample, or use batch_map_mean."
+        )
     return result
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlqueue.batch import gathering
 from mlqueue.batch.transport import Recycler
 
 __all__ = ["Gatherer", "HDF5Rows", "as_rows", "is_array_like", "lender", "mapped_root", "reader"]
@@ -110,6 +111,16 @@ class Lender:
             self._slot = RECYCLER.empty((length, *self._array.shape[1:]), self._array.dtype)
         return self._slot[:length]
 
+    def withdraw(self, length: int) -> np.ndarray:
+        """The memory that is lent, for so many rows, which nobody else is lent until :meth:`restore`."""
+        slot = self.slot(length)
+        self._slot = slot[:0]
+        return slot
+
+    def restore(self, slot: np.ndarray) -> None:
+        """Lend again what was withdrawn. Where that is left out, there will be other memory."""
+        self._slot = slot
+
     def __call__(self, span: Any) -> Any:
         if type(span) is not np.ndarray:
             return self._array[span]
@@ -164,26 +175,31 @@ class Gatherer:
         if not self._large:
             return lambda span: array[span].copy()
         empty = RECYCLER.maker(self._shape(array), array.dtype)
+        pace, length = self._pace("copy", array), self._length
 
         def copy(span: Any) -> np.ndarray:
             rows = empty()
             rows[...] = array[span]
             return rows
 
-        return copy
+        def share(span: Any) -> np.ndarray:
+            rows, given = empty(), array[span]
+
+            def copy_part(start: int, stop: int) -> None:
+                rows[start:stop] = given[start:stop]
+
+            pace(copy_part, length)  # type: ignore[misc]
+            return rows
+
+        return copy if pace is None else share
+
+    def _pace(self, kind: str, array: np.ndarray) -> gathering.Pace | None:
+        return gathering.pace_of(kind, self._length * array[:1].nbytes) if self._large else None
 
     def _takes(self, array: np.ndarray) -> Reader:
-        take = array.take
+        take, pace = array.take, self._pace("take", array)
         if isinstance(self._read, Lender):
-            slot = self._read.slot(self._length)
-            lent = slot.view()
-            lent.flags.writeable = False
-
-            def lend(index: np.ndarray) -> np.ndarray:
-                take(index, 0, slot, "clip")
-                return lent
-
-            return lend
+            return self._lends(array, self._read) if pace is None else self._lends_shared(array, self._read, pace)
         if not self._large:
             return lambda index: take(index, 0)
         empty = RECYCLER.maker(self._shape(array), array.dtype)
@@ -193,7 +209,46 @@ class Gatherer:
             take(index, 0, rows, "clip")
             return rows
 
-        return gather
+        def share(index: np.ndarray) -> np.ndarray:
+            rows = empty()
+            take_shared(pace, take, index, rows)  # type: ignore[arg-type]
+            return rows
+
+        return gather if pace is None else share
+
+    def _lends(self, array: np.ndarray, lender: Lender) -> Reader:
+        take, slot = array.take, lender.slot(self._length)
+        lent = slot.view()
+        lent.flags.writeable = False
+
+        def lend(index: np.ndarray) -> np.ndarray:
+            take(index, 0, slot, "clip")
+            return lent
+
+        return lend
+
+    def _lends_shared(self, array: np.ndarray, lender: Lender, pace: gathering.Pace) -> Reader:
+        take, length = array.take, self._length
+
+        def lend(index: np.ndarray) -> np.ndarray:
+            # Withdrawn, because after an exception in here a helper may still write to it.
+            slot = lender.withdraw(length)
+            take_shared(pace, take, index, slot)
+            lender.restore(slot)
+            lent = slot.view()
+            lent.flags.writeable = False
+            return lent
+
+        return lend
+
+
+def take_shared(pace: gathering.Pace, take: Callable[..., Any], index: np.ndarray, rows: np.ndarray) -> None:
+    """The rows that an array's ``take`` gives, which exist, into others, with help where that pays."""
+
+    def take_part(start: int, stop: int) -> None:
+        take(index[start:stop], 0, rows[start:stop], "clip")
+
+    pace(take_part, len(index))
 
 
 def from_dlpack(x: Any) -> Any:

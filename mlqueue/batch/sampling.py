@@ -7,6 +7,7 @@ take whatever :mod:`mlqueue.batch.order` lists.
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -42,10 +43,20 @@ class Run(NamedTuple):
     stop: int
 
 
+class ZeroBatchSize(ValueError, ZeroDivisionError):
+    """A batch size of 0, which BatchUp answers with a ZeroDivisionError."""
+
+
 def num_batches(n: int, batch_size: int) -> int:
-    """The number of batches of at most `batch_size` samples that `n` samples fill: n / batch_size, rounded up."""
+    """The number of batches of at most `batch_size` samples that `n` samples fill: n / batch_size, rounded up.
+
+    Raises ValueError where `batch_size` is below 1 (for 0 one that is a ZeroDivisionError too) or `n` is endless.
+    """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        kind = ValueError if batch_size else ZeroBatchSize
+        raise kind(f"batch_size must be at least 1, got {batch_size}.")
+    if not math.isfinite(n):
+        raise ValueError(f"n={n}: an endless source has no number of batches; give that of the samples to use.")
     return int(-(-n // batch_size))
 
 
@@ -158,6 +169,7 @@ class SubsetSampler(AbstractSampler):
 
     def __init__(self, indices: Any, repeats: int = 1, *, shard: Shard = WHOLE) -> None:
         self.indices, self._mask_length = subset_indices(indices)
+        self.length = len(self.indices)
         self.repeats = check_repeats(repeats)
         self.shard = shard
         if self.repeats == -1 and self.shard.length(len(self.indices)) == 0:
@@ -194,6 +206,7 @@ class WeightedSampler(AbstractSampler):
 
     def __init__(self, weights: Any, *, shard: Shard = WHOLE) -> None:
         self.weights, self.cumulative = normalised_weights(weights)
+        self.length = len(self.weights)
         self.shard = shard
 
     def num_indices_generated(self) -> float:
@@ -248,6 +261,7 @@ class WeightedSubsetSampler(AbstractSampler):
                 f"there are {len(sub_weights)} weights for {len(self.indices)} indices; give one for each."
             )
         self.sub_weights, self.cumulative = normalised_weights(sub_weights)
+        self.length = len(self.indices)
         self.shard = shard
 
     def num_indices_generated(self) -> float:
@@ -306,6 +320,7 @@ class EpochStream(IndexIterator):
         self._repeats, self._shuffle, self._first_epoch, self._shard = repeats, shuffle, operator.index(epoch), shard
         self._epoch = self._first_epoch - 1  # the epoch that is under way
         self._order: Indexable | None = None  # of that epoch; None while its places are its indices
+        self._begins_with: list[int] | None = None  # its first indices, which tell an order that is drawn differently
         self._position = self._length  # in that epoch
         self._rng_before: Any = None  # the state of a caller's generator before that epoch's order was drawn
         self._done = False
@@ -372,6 +387,8 @@ class EpochStream(IndexIterator):
             self._rng_before = saved_rng(self._shuffle)
             self._order = self._shuffle.permutation(self._samples, epoch)
         self._epoch, self._position = epoch, 0
+        # Now: parts of it are handed out, and somebody may write into them.
+        self._begins_with = None if self._order is None else [int(index) for index in self._order[0:4]]
 
     def _span(self, start: int, stop: int) -> Span:
         """The indices at these places (of this part) of the epoch under way."""
@@ -405,12 +422,8 @@ class EpochStream(IndexIterator):
             "done": self._done,
             "rng": None if self._shuffle is None else self._shuffle.get_state(),
             "rng_before": self._rng_before,
-            "begins_with": self._begins_with(),
+            "begins_with": self._begins_with,
         }
-
-    def _begins_with(self) -> list[int] | None:
-        """The first indices of the epoch: what tells an order that is drawn differently, as by another numpy."""
-        return None if self._order is None else [int(index) for index in self._order[0:4]]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(
@@ -438,10 +451,10 @@ class EpochStream(IndexIterator):
             self._shuffle.set_state(state["rng_before"])
         self._draw(state["epoch"])
         self._position = state["position"]
-        if self._begins_with() != state["begins_with"]:
+        if self._begins_with != state["begins_with"]:
             raise StateError(
                 f"epoch {self._epoch} began with the samples {state['begins_with']} when the state was saved, and now "
-                f"with {self._begins_with()}: another version of numpy, or other indices. Use those of then."
+                f"with {self._begins_with}: another version of numpy, or other indices. Use those of then."
             )
 
 

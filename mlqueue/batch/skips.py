@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
-import uuid
 import weakref
 from collections.abc import Iterator
 from typing import Any, Final
@@ -29,7 +29,7 @@ _sources: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 def register(source: Any) -> str:
     """Makes a source known; its id. It has to have ``note_skipped(index, error)``."""
-    number = uuid.uuid4().hex
+    number = os.urandom(16).hex()
     _sources[number] = source
     return number
 

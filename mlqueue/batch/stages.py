@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mlqueue.batch import gathering
 from mlqueue.batch.errors import StateError
-from mlqueue.batch.iteration import BatchIterator, batch_length, check_state, trim_batch
+from mlqueue.batch.iteration import BatchIterator, as_structure, batch_length, check_state, trim_batch
 from mlqueue.batch.iterators import state_of
 
 __all__ = ["FilterIterator", "PrefetchIterator", "RebatchIterator", "TakeIterator", "join_batches", "slice_batch"]
@@ -36,6 +37,8 @@ def join_batches(batches: list[Any]) -> Any:
         return tuple(join_batches(list(parts)) for parts in zip(*batches, strict=True))
     if isinstance(first, dict):
         return {name: join_batches([batch[name] for batch in batches]) for name in first}
+    if isinstance(first, list):
+        return [sample for batch in batches for sample in batch]
     return np.concatenate(batches, axis=0)
 
 
@@ -45,6 +48,8 @@ def select(batch: Any, mask: np.ndarray) -> Any:
         return tuple(select(part, mask) for part in batch)
     if isinstance(batch, dict):
         return {name: select(part, mask) for name, part in batch.items()}
+    if isinstance(batch, list):
+        return [sample for sample, kept in zip(batch, mask, strict=True) if kept]
     return np.asarray(batch)[mask]
 
 
@@ -72,7 +77,7 @@ class FilterIterator(Stage):
 
     def __next__(self) -> Any:
         while True:
-            batch = next(self._batches)
+            batch = as_structure(next(self._batches))
             kept = np.asarray(self._predicate(batch) if isinstance(batch, dict) else self._predicate(*batch))
             if kept.dtype != np.bool_ or kept.ndim > 1 or (kept.ndim and len(kept) != batch_length(batch)):
                 raise TypeError(
@@ -149,7 +154,7 @@ class RebatchIterator(Stage):
             self._before = state_of(self._batches)
         except StateError:
             self._before = None
-        self._rest, self._used = next(self._batches, None), 0
+        self._rest, self._used = as_structure(next(self._batches, None)), 0
         return self._rest is not None
 
     def state_dict(self) -> dict[str, Any]:
@@ -280,9 +285,10 @@ def fill(channel: Channel, batches: Iterator[Any]) -> None:
     """What the prefetching thread does. It knows the channel, but not the iterator, which can thus be dropped."""
     error: BaseException | None = None
     try:
-        for batch in batches:
-            if not channel.put((batch, saved(batches))):
-                break
+        with gathering.without_help():  # whoever takes the batches goes on meanwhile
+            for batch in batches:
+                if not channel.put((batch, saved(batches))):
+                    break
     except BaseException as raised:  # noqa: BLE001  it is raised where the batch is asked for
         error = raised
     channel.end(error)
@@ -323,7 +329,7 @@ def copied(batch: Any) -> Any:
         return tuple(copied(part) for part in batch)
     if isinstance(batch, dict):
         return {name: copied(part) for name, part in batch.items()}
-    return np.array(batch)
+    return list(batch) if isinstance(batch, list) else np.array(batch)
 
 
 def filtered(source: Any, batch_size: int, kwargs: dict[str, Any], predicate: Callable[..., Any]) -> BatchIterator:

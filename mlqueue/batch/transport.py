@@ -26,7 +26,6 @@ import math
 import mmap
 import os
 import socket
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -182,7 +181,10 @@ class Segment:
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("mlqueue-batch", os.MFD_CLOEXEC)
-    # Elsewhere a file without a name: its pages are in the page cache, and shared all the same.
+    # Elsewhere a file without a name: its pages are in the page cache, and shared all the same. (The module imports
+    # many others, which would take each worker process some milliseconds.)
+    import tempfile  # type: ignore[unreachable,unused-ignore]
+
     with tempfile.TemporaryFile(prefix="mlqueue-batch-") as file:  # type: ignore[unreachable,unused-ignore]
         return os.dup(file.fileno())
 

@@ -71,7 +71,7 @@ class AbstractWorkerPool:
 
     def work_stream(self, task_generator: Iterable[Any], task_buffer_size: int = 20) -> WorkStream:
         """Do the tasks of an iterable in parallel; see :class:`WorkStream`."""
-        return WorkStream(self._crew, task_generator, task_buffer_size)
+        return WorkStream(self, task_generator, task_buffer_size)
 
     def parallel_data_source(
         self, ds: AbstractDataSource, batch_buffer_size: int = 20, *, copy: bool = True
@@ -173,9 +173,13 @@ class WorkStream(Iterator[Any]):
     have been given; the next call goes on with the task after it.
     """
 
-    def __init__(self, crew: Crew, task_generator: Iterable[Any], task_buffer_size: int = 20) -> None:
+    def __init__(
+        self, worker_pool: AbstractWorkerPool, task_generator: Iterable[Any], task_buffer_size: int = 20
+    ) -> None:
+        if not isinstance(worker_pool, AbstractWorkerPool):
+            raise TypeError(f"worker_pool must be a pool of workers, got a {type(worker_pool).__name__}.")
         size = at_least_one(task_buffer_size, "task_buffer_size")
-        self._window = Window(crew, map(as_call, task_generator), size)
+        self._window = Window(worker_pool._crew, map(as_call, task_generator), size)
 
     def __next__(self) -> Any:
         return self._window.take()
@@ -216,6 +220,8 @@ class ParallelDataSource(AbstractDataSource):
     def __init__(
         self, ds: AbstractDataSource, batch_buffer_size: int, pool: AbstractWorkerPool, *, copy: bool = True
     ) -> None:
+        if not isinstance(pool, AbstractWorkerPool):
+            raise TypeError(f"pool must be a pool of workers, got a {type(pool).__name__}.")
         if not isinstance(ds, AbstractDataSource):
             raise TypeError(f"ds must be a data source, got a {type(ds).__name__}; coerce_data_source() makes one.")
         need_random_access(ds)
@@ -482,17 +488,17 @@ def quiet_state(save: Callable[[], Any]) -> Any:
 
 def as_call(task: Any) -> Call:
     """The work of a task tuple."""
-    if not isinstance(task, tuple) or not 1 <= len(task) <= 3 or not callable(task[0]):
+    if not isinstance(task, tuple | list) or not 1 <= len(task) <= 3 or not callable(task[0]):
         raise TypeError(
-            f"a task is a tuple (function,), (function, args) or (function, args, kwargs), got {task!r:.200}."
+            f"a task is a tuple (function,), (function, args) or (function, args, kwargs); got {task!r:.200}."
         )
     return Call(*task)
 
 
 def at_least_one(value: Any, name: str) -> int:
     """The value, if it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an int, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
-    return value
+    return int(value)

@@ -338,7 +338,7 @@ class TestErrors:
 class TestCode:
     def test_without_a_key_a_plain_source_is_refused_and_one_with_a_name_is_served(self, plain):
         with plain.pool() as pool:
-            with pytest.raises(SigningKeyMissing, match="data source"):
+            with pytest.raises(SigningKeyMissing, match=r"_KEY.*@mlq.data_source.*ArrayDataSource has none"):
                 pool.parallel_data_source(ArrayDataSource([np.arange(5)])).batch_iterator(2)
             with pytest.raises(SigningKeyMissing):
                 pool.work_stream([(len, ("ab",))])

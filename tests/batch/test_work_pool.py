@@ -827,6 +827,24 @@ class TestEnd:
         """)
         assert out.strip() == "set()"
 
+    def test_arrays_are_sent_without_cloudpickle_and_what_is_a_users_with_it(self):
+        out = output_of("""
+        import sys
+        import numpy as np
+        from mlqueue.batch import sampling
+        from mlqueue.batch.data_source import ArrayDataSource
+        from mlqueue.batch.work_pool import WorkerProcessPool
+        class Backwards(sampling.StandardSampler):
+            def map_indices(self, indices):
+                return 9 - indices
+        with WorkerProcessPool(1) as pool:
+            ds = pool.parallel_data_source(ArrayDataSource({"x": np.arange(10)}, indices=[3, 1, 2]))
+            print([batch["x"].tolist() for batch in ds.batch_iterator(2)], "cloudpickle" in sys.modules)
+            ds = pool.parallel_data_source(ArrayDataSource([np.arange(10)], sampler=Backwards(10)))
+            print([batch[0].tolist() for batch in ds.batch_iterator(5)], "cloudpickle" in sys.modules)
+        """)
+        assert out.splitlines() == ["[[3, 1], [2]] False", "[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] True"]
+
 
 def shared_sum(constant, n):
     return float(constant["x"].sum()) + n
@@ -853,7 +871,7 @@ class TestWorkStream:
         assert [stream.retrieve() for _ in range(5)] == [4, None, 8, None, None]
         assert list(pool.work_stream([(print,), (print,)])) == [None, None]
 
-    @pytest.mark.parametrize("task", [pow, (), (1, (2,)), (pow, (1,), {}, 4), [pow, (2, 2)]])
+    @pytest.mark.parametrize("task", [pow, (), (1, (2,)), (pow, (1,), {}, 4), [1, (2,)]])
     def test_other_tasks_are_refused_when_their_turn_comes(self, pool, task):
         stream = pool.work_stream([(pow, (2, 2)), task, (pow, (2, 3))])
         assert next(stream) == 4

@@ -92,8 +92,7 @@ class AbstractSourceFile:
         return path
 
     def clean_up(self) -> None:
-        """Remove what :meth:`acquire` made; called after a conversion that went well."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what to clean up")
+        """Remove what :meth:`acquire` made; called after a conversion that went well. Here it is nothing."""
 
 
 class TemporarySourceFile(AbstractSourceFile):

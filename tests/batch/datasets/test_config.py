@@ -144,3 +144,11 @@ def test_a_copy_is_verified_and_all_or_nothing(tmp_path: Path, capsys: pytest.Ca
     source.unlink()
     assert config.copy_and_verify(str(copy), str(source), DIGEST) == str(copy)
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_an_absolute_path_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MLQUEUE_DATA_HOME", str(tmp_path / "file"))
+    assert config.get_data_path(str(tmp_path / "elsewhere")) == str(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match="is a file"):
+        config.get_data_path("here")

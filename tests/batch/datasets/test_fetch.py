@@ -383,3 +383,15 @@ def test_a_set_in_a_folder_that_cannot_be_written_is_used(
         assert fetch() == path == fetch.target_path == config.get_data_path("set.bin")
     finally:
         (data_home / "data").chmod(0o700)
+
+
+def test_a_source_file_of_ones_own_needs_no_clean_up(tmp_path: Path, data_home: Path) -> None:
+    class There(AbstractSourceFile):
+        def acquire(self, **kwargs: Any) -> str:
+            return str(tmp_path / "there")
+
+    (tmp_path / "there").write_bytes(CONTENT)
+    path = fetch_and_convert_dataset([There()], "set.bin")(joined)()
+    assert path is not None
+    assert Path(path).read_bytes() == CONTENT
+    assert (tmp_path / "there").exists()
