@@ -413,7 +413,7 @@ def test_a_running_job_that_is_cancelled_gets_cancelled_raised_in_it(mlq: MLQ, s
 
 @pytest.fixture
 def slow_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name of a module that imports another one, which takes 0.3 s in lines of Python, or so many ms as are asked."""
+    """The name of a module that imports another one, which takes 0.3 s in lines of Python, or so many ms as asked."""
     steps = getattr(request, "param", 300)
     name = f"slow_{uuid.uuid4().hex}"
     (tmp_path / f"{name}.py").write_text(f"begun = True\nimport {name}_too\ndone = True\n")
