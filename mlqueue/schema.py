@@ -22,7 +22,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -359,18 +359,15 @@ class _Checker:
         return _TYPES[kind](self, schema, value, path)
 
     def _any_of(self, schema: Schema, value: Any, path: str) -> Any:
-        before = self.faults
-        for part in schema["anyOf"]:
+        before, parts, gathered = self.faults, [], []
+        # Each is tried once: what is nested would else be looked at twice as often with each level.
+        for part in self._parts(schema):
             self.faults = []
             checked = self(part, value, path)
             if not self.faults:
                 self.faults = before
                 return checked
-        parts = self._parts(schema)
-        gathered = []
-        for part in parts:
-            self.faults = []
-            self(part, value, path)
+            parts.append(part)
             gathered.append(self.faults)
         self.faults = before
         # The one that came furthest is what was meant: its fault is the deepest, or it is the only one for such values.
@@ -386,13 +383,17 @@ class _Checker:
             self.fault(path, f"is {_what(value)}; allowed is {' or '.join(map(_name, parts))}")
         return value
 
-    def _parts(self, schema: Schema) -> list[Schema]:
+    def _parts(self, schema: Schema) -> Iterator[Schema]:
         """The schemas of which one is to fit, none of them again one of several."""
         while "$ref" in schema:
             schema = self.definitions[schema["$ref"].rpartition("/")[2]]
-        if isinstance(schema.get("type"), list):
-            return [{**schema, "type": one} for one in schema["type"]]
-        return [leaf for part in schema["anyOf"] for leaf in self._parts(part)] if "anyOf" in schema else [schema]
+        if "anyOf" in schema:
+            for part in schema["anyOf"]:
+                yield from self._parts(part)
+        elif isinstance(schema.get("type"), list) and "enum" not in schema:
+            yield from ({**schema, "type": one} for one in schema["type"])
+        else:
+            yield schema
 
     def _enum(self, schema: Schema, value: Any, path: str) -> Any:
         allowed = [schema["const"]] if "const" in schema else schema["enum"]

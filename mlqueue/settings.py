@@ -294,7 +294,8 @@ def server_url(host: object = None, port: object = None, database: object = None
             "its name, url='redis://localhost:6379/0'."
         )
     number, index = 6379 if port is None else port, 0 if database is None else database
-    return f"redis://{f'[{host}]' if ':' in host else host}:{number}/{index}"
+    bare = ":" in host and not host.startswith("[")  # an address of IPv6
+    return f"redis://{f'[{host}]' if bare else host}:{number}/{index}"
 
 
 def _with_unit(text: str, units: Mapping[str, float]) -> float | None:

@@ -419,6 +419,26 @@ def test_jobs_with_a_key_do_not_stand_behind_those_without_one_that_wait_in_turn
     assert "ann" == waits.result(timeout=5)
 
 
+def test_groups_that_a_version_with_one_ring_has_left_take_their_turns(mlq: MLQ, start_worker: StartWorker) -> None:
+    """Their jobs have waited, have gone, or have been joined since; whoever looks for the next one comes to an end."""
+
+    @mlq.actor(concurrency=1, fair_by=lambda who: who)
+    def fetch(who: str) -> str:
+        return who
+
+    keyed = fetch.with_options(concurrency_key="a.example")
+    jobs = [keyed.submit("ann"), fetch.submit("bob")]
+    ring, keyed_ring = (f"{mlq.store.root}:fair:{letter}:default:{fetch.actor_name}|@" for letter in "tk")
+    client = mlq.store.connector.client
+    [(group, turn)] = client.zrange(keyed_ring, 0, -1, withscores=True)
+    client.zadd(ring, {group: turn, group.replace(b"ann", b"gone"): turn - 1})
+    client.delete(keyed_ring)
+    start_worker(threads=1)
+    assert ["ann", "bob"] == ended(jobs)
+    assert ["ann", "bob"] == ended([keyed.submit("ann"), fetch.submit("bob")])
+    assert [] == [*client.scan_iter(f"{ring}*"), *client.scan_iter(f"{keyed_ring}*")]
+
+
 def test_posted_jobs_take_turns_too(mlq: MLQ, start_worker: StartWorker) -> None:
     told: list[Any] = []
 

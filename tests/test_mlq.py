@@ -78,6 +78,7 @@ def test_the_arguments_may_be_given_by_the_names_that_they_have_in_mlq(monkeypat
         ({"redis_db": 2}, "redis://localhost:6379/2"),
         ({"redis_host": "there"}, "redis://there:6379/0"),
         ({"redis_host": "::1", "redis_port": 6380}, "redis://[::1]:6380/0"),
+        ({"redis_host": "[::1]"}, "redis://[::1]:6379/0"),
     ],
     ids=str,
 )

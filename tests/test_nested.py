@@ -412,11 +412,12 @@ def test_a_running_job_that_is_cancelled_gets_cancelled_raised_in_it(mlq: MLQ, s
 
 
 @pytest.fixture
-def slow_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module that imports another one, which takes 0.3 s in lines of Python."""
+def slow_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a module that imports another one, which takes 0.3 s in lines of Python, or so many ms as asked."""
+    steps = getattr(request, "param", 300)
     name = f"slow_{uuid.uuid4().hex}"
     (tmp_path / f"{name}.py").write_text(f"begun = True\nimport {name}_too\ndone = True\n")
-    (tmp_path / f"{name}_too.py").write_text("import time\nfor _ in range(300):\n    time.sleep(0.001)\n")
+    (tmp_path / f"{name}_too.py").write_text(f"import time\nfor _ in range({steps}):\n    time.sleep(0.001)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield name
     sys.modules.pop(name, None)
@@ -447,6 +448,7 @@ def test_an_import_is_not_broken_off(mlq: MLQ, start_worker: StartWorker, slow_i
     assert "not stopped" not in seen
 
 
+@pytest.mark.parametrize("slow_import", [9000], indirect=True, ids=["9 s"])
 @pytest.mark.parametrize("by", ["cancel", "time limit"])
 def test_an_import_that_does_not_end_is_broken_off_in_the_end(
     mlq: MLQ, start_worker: StartWorker, slow_import: str, by: str, monkeypatch: pytest.MonkeyPatch

@@ -742,6 +742,7 @@ class Desk:
         with self.lock:
             self.closed = True
             for place in self.places.values():
+                place.peer.take_up = None
                 place.peer.close()
             self.places.clear()
             for lease in list(self.leases.values()):

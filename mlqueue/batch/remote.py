@@ -259,10 +259,11 @@ class RemotePeer(Peer):
     def announce(self) -> None:
         """Have what was received taken up: here, where the desk lets us. Waking its thread would take longer than that.
         No lock may be held."""
-        if self.take_up is None:
+        take_up = self.take_up  # the desk may forget us meanwhile
+        if take_up is None:
             self.ring()
         else:
-            self.take_up()
+            take_up()
 
     def ring(self) -> None:
         """Have the desk look."""

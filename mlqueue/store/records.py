@@ -199,7 +199,7 @@ def _pack_attempt(attempt: Attempt) -> bytes:
             error,
             attempt.stage or "",
             pack_usage(attempt.usage, attempt.attempt) if attempt.usage else b"",
-            _saved_text(attempt.resumed_from),
+            *([_saved_text(attempt.resumed_from)] if attempt.resumed_from else []),
         ]
     )
 
@@ -330,12 +330,12 @@ def _attempt(data: bytes) -> Attempt:
         error=decode_error(error),
         stage=stage.decode() or None,
         usage=decode_usage(usage, attempt) if usage else None,
-        resumed_from=_saved(*resumed),
+        resumed_from=_saved(*resumed[:1]),
     )
 
 
 def _saved(text: bytes = b"") -> SavedCheckpoint | None:
-    """A checkpoint as the records tell of it; an attempt of an older version says nothing."""
+    """A checkpoint as the records tell of it; an attempt that began from none, or of an older version, says nothing."""
     if not text:
         return None
     attempt, at, size = map(int, text.split())

@@ -575,6 +575,21 @@ class TestRaces:
         with pytest.raises(RuntimeError, match="the pool has failed"):
             give(desk)
 
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_a_desk_fails_with_what_another_thread_met_that_took_up_what_a_worker_told(self, new_desk):
+        desk = new_desk(lease=60)
+        lease = give(desk)
+        hand = Hand(desk)
+        [place] = eventually(lambda: [place for place in desk.places.values() if place.known])
+        with mock.patch.object(desk, "_read", side_effect=LookupError("a fault of ours")):
+            with desk.lock:  # else the desk may have it, and nothing be taken up
+                desk._take_up(place)
+            assert lease.ready.acquire(timeout=5)
+        assert isinstance(lease.error, LookupError)
+        with pytest.raises(RuntimeError, match="the pool has failed"):
+            give(desk)
+        hand.link.close()
+
     def test_a_desk_that_is_closed_rings_at_nobody_elses_descriptor(self, new_desk):
         desk = new_desk()
         desk.close()

@@ -210,6 +210,20 @@ def test_values_become_what_the_hint_says() -> None:
             check(schema_of(hint), value)
 
 
+class Chain(TypedDict, total=False):
+    value: int
+    next: Chain | None
+
+
+def test_what_is_nested_is_looked_at_once_however_deep_its_fault_is() -> None:
+    """A level that looked twice would take a thousand years at this depth."""
+    value: dict[str, Any] = {"value": "no number"}
+    for _ in range(60):
+        value = {"next": value}
+    with pytest.raises(InvalidArguments, match=r"\$(\.next){60}\.value is the text 'no number'; allowed is a whole"):
+        check(schema_of(Chain | None), value)
+
+
 def test_a_fault_says_what_was_got_and_what_is_allowed() -> None:
     for hint, value, text in (
         (int, "x", "$ is the text 'x'; allowed is a whole number."),

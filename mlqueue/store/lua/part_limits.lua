@@ -399,11 +399,24 @@ make_limits = function()
     end
   end
 
+  local function first_of(ring)
+    return call('ZRANGE', ring, 0, 0, 'WITHSCORES')
+  end
+
   -- The group of a lane whose turn it is, and its turn. keyed: it is to be one with a key.
   local function whose_turn(lane, keyed)
     local name = lane.queue .. ':' .. lane.lane
-    local with = call('ZRANGE', ring_key(name, true), 0, 0, 'WITHSCORES')
-    local without = keyed and {} or call('ZRANGE', ring_key(name, false), 0, 0, 'WITHSCORES')
+    local ring, without = ring_key(name, false), {}
+    if not keyed then
+      without = first_of(ring)
+      while without[1] and ring_of(lane, without[1]) ~= ring do
+        -- Versions that knew of one ring only have put it here.
+        call('ZADD', ring_of(lane, without[1]), 'NX', without[2], without[1])
+        call('ZREM', ring, without[1])
+        without = first_of(ring)
+      end
+    end
+    local with = first_of(ring_key(name, true))
     if without[1] and (not with[1] or tonumber(without[2]) <= tonumber(with[2])) then
       with = without
     end
