@@ -156,7 +156,10 @@ class Delivery(MessageProxy):
             self.interrupt_reason = reason
             wake = self.wake_waiting
             if wake is None and self._running_in is not None and not self._strike(PATIENCE):
-                threading.Thread(target=self._strike_later, name="mlqueue-interrupt", daemon=True).start()
+                try:
+                    threading.Thread(target=self._strike_later, name="mlqueue-interrupt", daemon=True).start()
+                except RuntimeError:  # there are no more threads to be had
+                    self._strike(0)
         if wake is not None:
             wake()
 

@@ -22,7 +22,7 @@ from mlqueue.web.dashboard import blueprint as dashboard
 from mlqueue.web.dashboard import dead as dead_page
 from mlqueue.web.dashboard import job as job_page
 from mlqueue.web.dashboard import jobs as jobs_page
-from mlqueue.web.dashboard import mount
+from mlqueue.web.dashboard import mount, render
 from mlqueue.web.dashboard.visit import POLICY
 
 PREFIX = "/ui"
@@ -395,7 +395,14 @@ def test_a_job_that_is_not_there_is_a_page_too(visitor: Visitor) -> None:
     answer = visitor.get("/jobs/nobody")
     assert 404 == answer.status_code
     assert "text/html" in answer.content_type
-    assert "no job &#39;nobody&#39;" in answer.text
+    assert "<p>No job &#39;nobody&#39; in " in answer.text
+    assert "<code>mlqueue jobs</code> lists those that exist." in answer.text
+    assert f'<a class="button" href="{PREFIX}/jobs">All jobs</a>' in answer.text
+
+
+def test_an_error_is_a_sentence() -> None:
+    assert "Give <code>&lt;b&gt;</code>, or none." == render.sentence("give `<b>`, or none.")
+    assert "One ` &amp; no more" == render.sentence("one ` & no more")
 
 
 # Changes

@@ -125,6 +125,13 @@ ALIKE = {"job-image", "job-array", "job-queued"}
 IN_THE_DARK = {"overview", "job-dead", "queues", "submit-train"}
 
 
+#: Whether the link to the open page is within the navigation, which scrolls on narrow screens; some pages have none.
+HERE_IN_SIGHT = """() => {
+  const link = document.querySelector('.side nav [aria-current="page"]')?.getBoundingClientRect();
+  return !link || (link.left >= 0 && link.right <= document.documentElement.clientWidth);
+}"""
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1024, "light"), (1600, "dark")])
 def test_each_page_fits_and_can_be_used_by_everybody(
     chromium: Any, look: Look, ids: dict[str, str], width: int, scheme: str
@@ -142,6 +149,8 @@ def test_each_page_fits_and_can_be_used_by_everybody(
         wide = tab.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         if wide > 0:
             faults.append((name, f"{wide} pixels too wide"))
+        if not tab.page.evaluate(HERE_IN_SIGHT):
+            faults.append((name, "which page it is is out of sight"))
         if (width == 390 and name not in ALIKE) or (scheme == "dark" and name in IN_THE_DARK):
             tab.page.evaluate(source)
             options = {"resultTypes": ["violations"], **({"runOnly": RULES[width]} if RULES[width] else {})}
@@ -150,6 +159,14 @@ def test_each_page_fits_and_can_be_used_by_everybody(
     tab.page.context.close()
     assert "" == "\n".join(map(str, faults))
     assert [] == tab.errors
+
+
+def test_an_empty_list_offers_nothing_to_do_with_it(look: Look, ids: dict[str, str], page: Any) -> None:
+    page.goto(f"{look.url}/jobs?actor=nobody")
+    assert page.get_by_text("No job like that").is_visible()
+    assert not page.get_by_role("button", name="Cancel selected").is_visible()
+    page.goto(f"{look.url}/jobs")
+    assert page.get_by_role("button", name="Cancel selected").is_visible()
 
 
 def test_pages_load_nothing_from_elsewhere_and_little(chromium: Any, look: Look, ids: dict[str, str]) -> None:

@@ -51,6 +51,7 @@ def _environment() -> jinja2.Environment:
         "duration": duration,
         "number": number,
         "moment": moment,
+        "sentence": sentence,
         "described": described,
     }
     environment.globals |= {
@@ -73,6 +74,15 @@ def number(value: float) -> str:
     if isinstance(value, float) and not value.is_integer():
         return f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{int(value):,}"
+
+
+def sentence(text: str) -> Markup:
+    """The text of an error as a sentence: what is to be typed stands out."""
+    parts = f"{text[:1].upper()}{text[1:]}".split("`")
+    if len(parts) % 2 == 0:
+        return escape("`".join(parts))  # one that nothing closes
+    marked = (Markup("<code>{}</code>").format(part) if at % 2 else escape(part) for at, part in enumerate(parts))
+    return Markup("").join(marked)
 
 
 def duration(seconds: float | None) -> str:

@@ -14,6 +14,9 @@ if (here.searchParams.has("told")) {
   history.replaceState(null, "", here);
 }
 
+// On a narrow screen the pages are a row that scrolls: the one that is open is in sight.
+document.querySelector('.side nav [aria-current="page"]')?.scrollIntoView({ block: "nearest", inline: "center" });
+
 scrollDown();
 if (body.dataset.events) followJob(body.dataset.events, openPanels());
 else if (Number(body.dataset.refresh)) follow(Number(body.dataset.refresh));
