@@ -36,7 +36,7 @@ from typing import Any
 from mlqueue import _keeper
 from mlqueue.errors import EmbeddedError, SettingsError
 
-__all__ = ["EmbeddedServer", "ServerStatus", "find_binary", "find_home"]
+__all__ = ["EmbeddedServer", "Mended", "ServerStatus", "find_binary", "find_home"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,13 @@ SERVER_OPTIONS = {
 }
 #: What of the environment reaches the server. A locale that is not installed would stop it at its start.
 SERVER_ENVIRONMENT = ("PATH", "HOME", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+#: Where a server keeps its append-only files, and the file that names them.
+DATA = "appendonlydir"
+MANIFEST = "appendonly.aof.manifest"
+#: Seconds within which a keeper whose server has ended is gone.
+LEAVE_LIMIT = 2.0
+#: Seconds for which the files may be checked: what cannot be read as fast is on a disk that is broken.
+CHECK_LIMIT = 3600
 #: The variables that say: here every container would start a server of its own.
 CONTAINER_VARIABLES = ("DYNO", "KUBERNETES_SERVICE_HOST")
 #: Seconds between two looks of `mlqueue server` at its server, and its attempts to start it again before it gives up.
@@ -99,6 +106,16 @@ class ServerStatus:
     home: Path
     #: The number of connections but for our own; None while the server does not answer.
     clients: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mended:
+    """What `EmbeddedServer.mend` has done."""
+
+    #: How many bytes of the newest changes were cut off; 0 when nothing was damaged.
+    lost: int
+    #: Where the files are as they were; None when nothing was damaged.
+    copy: Path | None
 
 
 class EmbeddedServer:
@@ -220,6 +237,53 @@ class EmbeddedServer:
                 )
             time.sleep(_keeper.POLL)
         return True
+
+    def mend(self) -> Mended:
+        """Cut the append-only files off where they are damaged, so that a server starts with what was before.
+
+        The files as they were are kept beside. Raises `EmbeddedError` when a server runs, when there are no files, and
+        when more is damaged than the last of them.
+        """
+        self._check_environment()
+        folder = self.home / DATA
+        if not (folder / MANIFEST).is_file():
+            raise EmbeddedError(f"there are no data of an embedded server in {self.home}: nothing to mend.")
+        with self._lock:
+            # A keeper that has just found the damage may still be about to end.
+            deadline = time.monotonic() + LEAVE_LIMIT
+            while (lock := None if self._runs() else self._try_keeper_lock()) is None and time.monotonic() < deadline:
+                time.sleep(_keeper.POLL)
+            if lock is None:
+                raise EmbeddedError(
+                    f"the embedded server in {self.home} runs, so its files are whole. To check them all the same, "
+                    "stop what uses it, then it: `mlqueue server --stop`."
+                )
+            try:
+                return self._mend_files(folder)
+            finally:
+                _close_on_hand(lock)
+
+    def _mend_files(self, folder: Path) -> Mended:
+        binary, _ = _find_binary(self._binary, self._environ)
+        sound, _ = _check_files(binary, folder)
+        if sound:
+            return Mended(lost=0, copy=None)
+        copy = folder.with_name(f"{DATA}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            before = _size_of(folder)
+            shutil.copytree(folder, copy)
+        except OSError as error:
+            raise EmbeddedError(
+                f"the damaged files in {folder} cannot be copied to {copy} ({error}), and without a copy they are left "
+                "as they are. Make room, then try again."
+            ) from error
+        sound, said = _check_files(binary, folder, "--fix")
+        if not sound:
+            raise EmbeddedError(
+                f"the files in {folder} are damaged in a place that cannot be cut off. They are kept as they were in "
+                f"{copy}; to begin anew without them, remove {folder}. What the check said:\n{said}"
+            )
+        return Mended(lost=before - _size_of(folder), copy=copy)
 
     def run_foreground(self, on_ready: Callable[[ServerStatus], None] | None = None) -> int:
         """Keep the server up until SIGINT or SIGTERM, or until `stop` is called elsewhere; return the exit code.
@@ -489,6 +553,11 @@ class EmbeddedServer:
             )
         if news["error"] == "failed":
             return f"{what}: its keeper failed with {detail}."
+        if "Bad file format" in str(detail):
+            return (
+                f"{what}: the file with its data, {self._path(DATA)}, is damaged, as by a disk that failed. `mlqueue "
+                "server --mend` keeps a copy of it and goes back to what was before the damage."
+            )
         said = "did not answer in time" if news["error"] == "silent" else "ended at once"
         return f"{what}: it {said}. The end of {self._path(_keeper.LOG)}:\n{detail}"
 
@@ -642,6 +711,32 @@ def _version_of(program: str) -> tuple[str, str]:
             f"{program} is {name} {version}; 7.0 or newer is needed (older ones would start with none of the data)",
         )
     return version, ""
+
+
+def _check_files(binary: Path, folder: Path, *options: str) -> tuple[bool, str]:
+    """Whether the append-only files can be read from the first byte to the last, and what was said of them.
+
+    The server is its own checker where it is called by another name.
+    """
+    name = "redis-check-aof" if "redis" in binary.name else "valkey-check-aof"
+    children = _own_subprocess()
+    try:
+        run = children.run(
+            [name, *options, str(folder / MANIFEST)],
+            executable=str(binary),
+            input="y\n" * 100,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=CHECK_LIMIT,
+        )
+    except (OSError, children.TimeoutExpired) as error:
+        raise EmbeddedError(f"the files in {folder} cannot be checked: {error}.") from error
+    return run.returncode == 0, (run.stdout + run.stderr).strip()
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _own_subprocess() -> Any:

@@ -282,6 +282,20 @@ def test_server_runs_in_the_foreground_until_it_is_stopped(folder: Folder) -> No
     server.communicate()
 
 
+def test_a_server_whose_file_is_damaged_is_mended(folder: Folder) -> None:
+    assert 0 == folder("submit", "add", "1").code
+    assert 0 == folder("server", "--stop").code
+    assert {"lost": 0, "copy": None} == folder("server", "--mend", "--json").json
+    [path] = (folder.home / "appendonlydir").glob("*.incr.aof")
+    path.write_bytes(path.read_bytes() + b"damaged\r\n")
+    assert "`mlqueue server --mend` keeps a copy" in folder("jobs").err
+    ran = folder("server", "--mend")
+    assert (0, True) == (ran.code, "the last 9 bytes of changes were cut off; what was there is in " in ran.err)
+    assert 1 == len(folder("jobs").text.splitlines())
+    ran = folder("server", "--mend", "--stop")
+    assert (2, True) == (ran.code, "--stop and --mend were given; choose one" in ran.err)
+
+
 def test_an_interrupted_server_ends_well(folder: Folder) -> None:
     server = folder.spawn("server")
     assert server.stderr is not None

@@ -738,6 +738,63 @@ def test_stop_stops_it_whoever_uses_it(place: Place) -> None:
     assert user.tell("ask GET kept") == "yes"
 
 
+def damage(place: Place, part: str) -> None:
+    """Writes over some bytes in the middle of one of the append-only files."""
+    [path] = (place.home / "appendonlydir").glob(f"*.{part}.aof")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 80] = b"\xff" * 80  # more than a value has
+    path.write_bytes(data)
+
+
+def test_a_server_whose_file_is_damaged_goes_back_to_what_was_before(place: Place) -> None:
+    server = place.server(grace=0)
+    with pytest.raises(EmbeddedError, match="there are no data of an embedded server in"):
+        server.mend()
+    server.ensure()
+    for number in range(100):
+        assert ask(server, "SET", f"key{number}", "x" * 50).startswith(b"+OK")
+    with pytest.raises(EmbeddedError, match="runs, so its files are whole"):
+        server.mend()
+    server.release()
+    server.stop()
+    assert (0, None) == (server.mend().lost, server.mend().copy)
+    damage(place, "incr")
+    size = sum(path.stat().st_size for path in (place.home / "appendonlydir").iterdir())
+    with pytest.raises(
+        EmbeddedError, match=r"is damaged, as by a disk that failed\. `mlqueue server --mend` keeps a copy"
+    ):
+        server.ensure()
+    server.release()
+    mended = server.mend()
+    assert 0.4 < mended.lost / size < 0.6
+    assert mended.copy is not None
+    assert size == sum(path.stat().st_size for path in mended.copy.iterdir())
+    server.ensure()
+    there = [ask(server, "EXISTS", f"key{number}").startswith(b":1") for number in range(100)]
+    assert 40 < sum(there) < 60
+    assert sorted(there, reverse=True) == there, "it is the newest that is lost"
+
+
+def test_a_file_that_cannot_be_cut_off_stays_as_it_was(place: Place) -> None:
+    server = place.server(grace=0)
+    server.ensure()
+    for number in range(100):
+        ask(server, "SET", f"key{number}", "x" * 50)
+    ask(server, "BGREWRITEAOF")
+    eventually(lambda: next((place.home / "appendonlydir").glob("*.2.base.aof"), None))
+    eventually(lambda: b"aof_rewrite_in_progress:0" in ask(server, "INFO", "persistence"))
+    ask(server, "SET", "after", "x")
+    server.release()
+    server.stop()
+    damage(place, "base")
+    before = {path.name: path.read_bytes() for path in (place.home / "appendonlydir").iterdir()}
+    with pytest.raises(EmbeddedError, match=r"(?s)damaged in a place that cannot be cut off.*What the check said:\n"):
+        server.mend()
+    assert before == {path.name: path.read_bytes() for path in (place.home / "appendonlydir").iterdir()}
+    [copy] = place.home.glob("appendonlydir.damaged-*")
+    assert before == {path.name: path.read_bytes() for path in copy.iterdir()}
+
+
 def test_durability_always_reaches_the_server(place: Place) -> None:
     server = place.server(durability="always")
     server.ensure()

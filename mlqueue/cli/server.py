@@ -16,13 +16,15 @@ from .text import clean, duration, iso
 @command()
 @click.option("--status", is_flag=True, help="Show what runs, and exit; 4 when nothing does.")
 @click.option("--stop", is_flag=True, help="Stop the server, whoever uses it.")
-def server(call: Call, status: bool, stop: bool) -> int:
+@click.option("--mend", is_flag=True, help="Go back to what was before its file was damaged; a copy is kept.")
+def server(call: Call, status: bool, stop: bool, mend: bool) -> int:
     """Run the embedded server of this folder in the foreground, until Ctrl-C.
 
     Rarely needed: whoever needs it starts it, and it stops when nobody does.
     """
-    if status and stop:
-        raise click.UsageError("--status and --stop were given; choose one.", click.get_current_context())
+    given = [name for name, on in (("--status", status), ("--stop", stop), ("--mend", mend)) if on]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} were given; choose one.", click.get_current_context())
     embedded = _embedded(call)
     if status:
         return _show_status(call, embedded)
@@ -31,6 +33,9 @@ def server(call: Call, status: bool, stop: bool) -> int:
         call.talk(f"the server in {embedded.home} {'has stopped' if stopped else 'does not run'}.")
         if call.json:
             call.emit({"stopped": stopped, "home": str(embedded.home)})
+        return 0
+    if mend:
+        _mend(call, embedded)
         return 0
     return embedded.run_foreground(lambda found: _say_ready(call, found))
 
@@ -65,6 +70,16 @@ def _show_status(call: Call, embedded: EmbeddedServer) -> int:
     }
     call.write("".join(f"{name:<9}{clean(value)}\n" for name, value in facts.items()))
     return 0
+
+
+def _mend(call: Call, embedded: EmbeddedServer) -> None:
+    mended = embedded.mend()
+    if mended.copy is None:
+        call.talk(f"the files in {embedded.home} are whole.")
+    else:
+        call.talk(f"the last {mended.lost:,} bytes of changes were cut off; what was there is in {mended.copy}.")
+    if call.json:
+        call.emit({"lost": mended.lost, "copy": None if mended.copy is None else str(mended.copy)})
 
 
 def _say_ready(call: Call, found: ServerStatus) -> None:
