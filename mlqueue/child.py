@@ -178,7 +178,8 @@ class Child:
             self.app = self._boot()
             worker = self._start(self.app)
         except BaseException as error:  # noqa: BLE001 - a module may raise anything, SystemExit too
-            self.channel.send("failed", text=explain(error))
+            code = error.exit_code if isinstance(error, MLQueueError) else 1
+            self.channel.send("failed", text=explain(error), exit_code=code)
             return EXIT_BOOT
         self.channel.send("ready")
         reason = self._work(self.app.broker, worker)

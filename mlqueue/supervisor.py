@@ -211,6 +211,8 @@ class Supervisor:
         self._beater: Beater | None = None
         self._ever_ready = False
         self._failures: dict[str, None] = {}
+        #: The exit codes of what kept children from booting.
+        self._boot_codes: set[int] = set()
         self._hopeless: set[int] = set()
         self._stopping_since: float | None = None
         self._exit_code = 0
@@ -487,6 +489,7 @@ class Supervisor:
             logger.info("%s is ready after %.1f s (pid %d)", child.name, self._age(child), child.process.pid)
         elif event == "failed":
             child.failure = message["text"]
+            self._boot_codes.add(message["exit_code"])
         elif event == "bye":
             child.bye, child.ran = message["reason"], message["ran"]
             child.deadline = time.monotonic() + BYE_MARGIN
@@ -587,7 +590,7 @@ class Supervisor:
     def _give_up(self, how: str) -> None:
         why = "see above" if self._failures else how
         logger.critical("no worker could start (%s): correct that, and start again", why)
-        self._exit_code = 1
+        self._exit_code = self._boot_codes.pop() if len(self._boot_codes) == 1 else 1
         self._stopping_since = time.monotonic()
         for seat in self._seats:
             seat.due = None

@@ -624,13 +624,16 @@ def test_a_terminal_gets_a_live_bar_and_no_binary(shop: Folder) -> None:
 
 def test_a_worker_whose_module_is_missing_fails(folder: Folder) -> None:
     ran = folder.process("worker", "no_such_module", "--processes", "1")
-    assert (1, b"") == (ran.code, ran.out)
+    assert (2, b"") == (ran.code, ran.out)
     assert "No module named 'no_such_module', seen from " in ran.err
     assert "Give the module that declares your actors" in ran.err
     assert "Traceback" not in ran.err
     ran = folder.process("worker", "here/no_such_file.py", "--processes", "1")
-    assert (1, b"") == (ran.code, ran.out)
+    assert (2, b"") == (ran.code, ran.out)
     assert "there is no here/no_such_file.py, seen from " in ran.err
+    (folder.path / "broken.py").write_text("raise OSError('not yet')\n")
+    ran = folder.process("worker", "broken", "--processes", "1")
+    assert (1, True) == (ran.code, "OSError: not yet" in ran.err)
 
 
 # The parts.

@@ -513,6 +513,13 @@ def test_up_without_modules_runs_the_lines_of_the_procfile(folder: Folder) -> No
     assert "web" == re.findall(r"mlqueue \| (\w+) has ended", up.said)[0]
 
 
+def test_up_with_a_module_that_is_not_there_ends(folder: Folder) -> None:
+    ran = folder.process("up", "no_such_module", "--processes", "1")
+    assert 2 == ran.code
+    assert "No module named 'no_such_module'" in ran.text + ran.err
+    assert "worker cannot run as it was called; all is stopped" in ran.text + ran.err
+
+
 def test_up_without_modules_or_a_procfile_says_what_to_do(folder: Folder) -> None:
     refused = folder("up")
     assert (2, True) == (refused.code, "`mlqueue up tasks`, or write a Procfile" in refused.err)
