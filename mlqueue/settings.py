@@ -763,7 +763,7 @@ def _checked(setting: Field[Any], given: object, source: str) -> object:
         return kind.parse(given)
     except _Invalid as error:
         name = setting.name if source in ("argument", "default") else source
-        or_none = f", or none ({none})" if optional else ""
+        or_none = f", or none ({none})" if optional and given != "" else ""
         default = "none" if setting.default is None else kind.show(setting.default)
         shown = _masked(given) if isinstance(given, str) else given
         if isinstance(kind, _Keys | _Secrets):
