@@ -88,9 +88,13 @@ def _queued(store: Store, record: JobRecord) -> Why:
     threads = sum(worker.info.get("threads", 0) for worker in knowing)
     busy = f"all {threads} threads of the workers that know it may be busy" if threads else "the workers may be busy"
     if record.position:
-        verb = "job is" if record.position == 1 else "jobs are"
-        return _why(record, "behind", f"waits: {record.position} {verb} before it in queue {record.queue}")
+        return _why(record, "behind", f"waits: {_before(record)}")
     return _why(record, "next", f"is the next of queue {record.queue}; {busy}")
+
+
+def _before(record: JobRecord) -> str:
+    verb = "job is" if record.position == 1 else "jobs are"
+    return f"{record.position} {verb} before it in queue {record.queue}"
 
 
 def _knows(worker: WorkerInfo, record: JobRecord) -> bool:
@@ -115,7 +119,9 @@ def _limited(store: Store, record: JobRecord, name: str, number: int, most: int,
     since = sorted(holders.items(), key=lambda item: item[1])
     held = ", ".join(f"job {job_id} since {_ago(store, at)}" for job_id, at in since[:NAMED])
     rest = f" and {len(since) - NAMED} more" if len(since) > NAMED else ""
-    return _why(record, "limit", f"waits for {needs}, held by {held}{rest}", **more)
+    # Where jobs take turns, the place in the queue does not say who comes first.
+    before = f"; {_before(record)}" if record.position and record.fair_by is None else ""
+    return _why(record, "limit", f"waits for {needs}, held by {held}{rest}{before}", **more)
 
 
 def _scheduled(store: Store, record: JobRecord) -> str:

@@ -601,6 +601,29 @@ def takes(mlq: MLQ, worker: str, actor: str, number: int = 1) -> None:
     assert number == len(mlq.store.read_turn(answer).jobs)
 
 
+def test_why_says_how_many_jobs_come_before_one_that_waits_for_a_limit(mlq: MLQ, start_worker: StartWorker) -> None:
+    release = threading.Event()
+
+    @mlq.actor(resources={"gpu": 1})
+    def train() -> None:
+        release.wait(10)
+
+    start_worker(threads=2)
+    jobs = [train.submit() for _ in range(4)]
+    eventually(lambda: jobs[0].state is State.RUNNING)
+    held = f" waits for gpu, held by job {jobs[0].id} since "
+    assert [held in str(job.why()) for job in jobs[1:]] == [True, True, True]
+    told = [str(job.why()).partition("; ")[2] for job in jobs[1:]]
+    assert told == ["", "1 job is before it in queue default.", "2 jobs are before it in queue default."]
+    # Where jobs take turns, their place in the queue does not say when theirs is.
+    turned = train.with_options(fair_by="ann").submit()
+    assert turned.position == 3
+    assert held in str(turned.why())
+    assert ";" not in str(turned.why())
+    release.set()
+    ended([*jobs, turned])
+
+
 def test_why_says_that_a_queue_is_paused(mlq: MLQ) -> None:
     job = mlq.submit("work")
     a_worker(mlq, "work")
