@@ -123,6 +123,11 @@ class Listeners:
         job = current_job()
         delivery = current_delivery.get()
         assert delivery is not None
+        if not delivery.held.functions or not self._functions.keys() >= set(delivery.held.functions):
+            try:
+                self._posted.catch_up()
+            except StoreUnavailable:
+                raise HandBack from None  # nothing has been done yet
         if delivery.held.functions:
             present = {**self._posted.named(), **self._functions}
             chosen = [present.get(name) for name in delivery.held.functions]

@@ -63,6 +63,8 @@ class LoadedFunctions:
         #: The highest serial that this process has seen of each name: one below is sent again by somebody.
         self._seen: dict[str, int] = {}
         self._version = -1
+        #: Notified when the version has been taken in.
+        self._taken = threading.Condition()
         self._worker = ""
         self._look = threading.Event()
         self._stopping = threading.Event()
@@ -96,6 +98,8 @@ class LoadedFunctions:
             return
         self._stopping.set()
         self._look.set()
+        with self._taken:
+            self._taken.notify_all()
         if self._patience is not None:
             self._patience.cancel()
         thread.join(STOP_PATIENCE)
@@ -103,6 +107,19 @@ class LoadedFunctions:
     def look(self) -> None:
         """There may be others now. Returns at once."""
         self._look.set()
+
+    def catch_up(self) -> None:
+        """Waits until this process has what was posted, and no longer has what was removed, before the call: a job that
+        is posted after a function was replaced must not run the old one. One that takes longer than `LOAD_PATIENCE` to
+        load is not waited for. Raises `StoreUnavailable`."""
+        if self._thread is None:
+            return
+        version = self._kept.version()
+        if version == self._version:
+            return
+        self._look.set()
+        with self._taken:
+            self._taken.wait_for(lambda: self._version >= version or self._stopping.is_set(), LOAD_PATIENCE)
 
     def named(self) -> dict[str, Function]:
         """By name, in the order of their posting, those that raise included."""
@@ -143,7 +160,9 @@ class LoadedFunctions:
             return
         before, was_ready = self._loaded, self.ready
         self._loaded = self._fetch()
-        self._version, self.ready = version, True
+        with self._taken:
+            self._version, self.ready = version, True
+            self._taken.notify_all()
         if self._patience is not None:
             self._patience.cancel()
         if self._loaded != before or not was_ready:

@@ -28,6 +28,7 @@ from mlqueue import (
     Settings,
     SignatureInvalid,
     SigningKeyMissing,
+    State,
     functions,
     loading,
     sign_function,
@@ -180,6 +181,35 @@ def test_posting_again_replaces_and_removing_takes_away(mlq: MLQ, start_worker: 
     job = mlq.job(mlq.post(5, functions=["times"]))
     mlq.register_function(doubled, "times")
     assert job.result(15) == 10
+
+
+def test_a_job_does_not_run_what_was_replaced_or_removed_before_it_was_posted(
+    mlq: MLQ, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    go_on = threading.Event()
+    unpickle = loading._unpickle
+    start_worker()
+    mlq.register_function(lambda msg, utils: "old", "f")
+    assert run(mlq, functions=["f"]) == "old"
+
+    def slowly(item: StoredFunction) -> Any:
+        assert go_on.wait(10)
+        return unpickle(item)
+
+    monkeypatch.setattr(loading, "_unpickle", slowly)  # as when it imports much
+    mlq.register_function(lambda msg, utils: "new", "f")
+    jobs = [mlq.job(mlq.post(1, functions=["f"])), mlq.job(mlq.post(1))]
+    eventually(lambda: any(job.state is not State.QUEUED for job in jobs))
+    assert not any(job.done for job in jobs)
+    go_on.set()
+    assert [job.result(15) for job in jobs] == ["new", "new"]
+    for turn in range(10):
+        mlq.remove_function("f")
+        removed = mlq.job(mlq.post(1, functions=["f"]))
+        mlq.register_function(lambda msg, utils, turn=turn: turn, "f")
+        assert removed.result(15) == turn
 
 
 def test_no_job_is_taken_before_the_posted_functions_are_there(
