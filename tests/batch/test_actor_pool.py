@@ -695,7 +695,12 @@ class TestEnd:
 
         eventually(gone)
         # Places that have begun end by themselves; their jobs leave no record.
-        eventually(lambda: bench.jobs() == [], 20)
+        try:
+            eventually(lambda: bench.jobs() == [], 40)
+        except AssertionError:
+            records = [bench.mlq.job(job_id).record for job_id in bench.jobs()]
+            workers = [(worker.id, worker.jobs) for worker in bench.mlq.store.workers()]
+            pytest.fail(f"jobs of places are left: {records}; workers: {workers}")
 
     def test_sources_that_nobody_uses_are_let_go(self):
         shelf = serving.Shelf()

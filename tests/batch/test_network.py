@@ -216,12 +216,17 @@ class TestBudget:
     def test_parts_arrive_and_are_deleted(self, bench, size):
         connector, key = bench.mlq.store.connector, f"{bench.mlq.store.root}:batches:parts"
         body, target = random.Random(size).randbytes(size), bytearray(size)
+
+        def own():
+            """Not what the worker of a pool that a test before has closed was about to send."""
+            return [name for name in stored(bench.mlq) if name.startswith(key)]
+
         with contextlib.closing(Redis(connector)) as out, contextlib.closing(Redis(connector)) as back:
             parts.write_parts(out.socket, key, body)
-            assert all(bench.mlq.client.pttl(name) > 0 for name in stored(bench.mlq))
+            assert all(bench.mlq.client.pttl(name) > 0 for name in own())
             parts.read_parts(back.socket, key, memoryview(target))
             assert bytes(target) == body
-            assert not stored(bench.mlq)
+            assert not own()
             if size:
                 with pytest.raises(parts.GoneError):
                     parts.read_parts(back.socket, key, memoryview(target))
@@ -229,7 +234,7 @@ class TestBudget:
                 with pytest.raises((remote.Hostile, parts.GoneError)):
                     parts.read_parts(back.socket, key, memoryview(bytearray(size + parts.PART)))
                 parts.delete_parts(out.connection, key)
-                assert not stored(bench.mlq)
+                assert not own()
 
 
 def test_parts_are_kept_out_of_the_file_of_a_store_that_writes_one(mlq):
