@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from datetime import datetime, timedelta
 from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -202,28 +202,24 @@ class BoundOptions(Generic[P, R]):
 
 def check_option_names(names: Iterable[str], broker: dramatiq.Broker) -> None:
     """Raises `InvalidJob` for a name that is no option of a job."""
-    known = SUBMIT_OPTIONS | set(OPTION_CHECKS) | set(broker.actor_options)
+    _refuse_unknown(names, SUBMIT_OPTIONS | set(OPTION_CHECKS) | set(broker.actor_options), "a job")
+
+
+def check_actor_options(options: Mapping[str, Any], broker: dramatiq.Broker) -> None:
+    """Raises `InvalidJob` for a name that is no option of an actor, and for a priority that is none."""
+    _refuse_unknown(options, {"actor_name", "queue_name", "priority", *broker.actor_options}, "an actor")
+    check_options({name: options[name] for name in ("priority",) if name in options})
+
+
+def _refuse_unknown(names: Iterable[str], known: Set[str], whose: str) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
             raise InvalidJob(
-                f"{name} is no option of a job; {hint} An option that a middleware of yours reads belongs into its "
+                f"{name} is no option of {whose}; {hint} An option that a middleware of yours reads belongs into its "
                 "actor_options."
             )
-
-
-def check_actor_options(options: Mapping[str, Any], broker: dramatiq.Broker) -> None:
-    """Raises `InvalidJob` for a name that is no option of an actor, and for a priority that is none."""
-    known = {"actor_name", "queue_name", "priority", *broker.actor_options}
-    for name in options.keys() - known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
-        raise InvalidJob(
-            f"{name} is no option of an actor; {hint} One that a middleware of yours reads belongs into its "
-            "actor_options."
-        )
-    check_options({name: options[name] for name in ("priority",) if name in options})
 
 
 def message_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, str | None]:

@@ -470,11 +470,9 @@ class Job(Bar, Generic[R_co]):
         record = self._wait(_deadline(timeout))
         if record.state.ended:
             return record
-        ahead = record.position
-        where = f", {ahead:,} job{'' if ahead == 1 else 's'} ahead of it" if ahead else ""
         raise ResultTimeout(
-            f"job {self.id} is {record.state}{where} after {seconds(timeout, 'timeout'):g} s; it goes on. Wait again, "
-            "or longer."
+            f"job {self.id} is {record.state}{record.ahead} after {seconds(timeout, 'timeout'):g} s; it goes on. "
+            "Wait again, or longer."
         )
 
     def _check(self, record: JobRecord) -> None:

@@ -258,10 +258,12 @@ def _read_attempt(entry: Mapping[str, Any]) -> Attempt:
     )
 
 
+def _object(entry: Mapping[str, Any], name: str) -> Any:
+    return _field(entry, name, lambda value: value is None or isinstance(value, dict), "an object, or null", None)
+
+
 def _read_saved(entry: Mapping[str, Any]) -> SavedCheckpoint | None:
-    saved = _field(
-        entry, "resumed_from", lambda value: value is None or isinstance(value, dict), "an object, or null", None
-    )
+    saved = _object(entry, "resumed_from")
     if saved is None:
         return None
     at = timestamp(saved.get("saved_at"), "saved_at") or 0.0
@@ -270,7 +272,7 @@ def _read_saved(entry: Mapping[str, Any]) -> SavedCheckpoint | None:
 
 
 def _read_usage(entry: Mapping[str, Any]) -> Usage | None:
-    usage = _field(entry, "usage", lambda value: value is None or isinstance(value, dict), "an object, or null", None)
+    usage = _object(entry, "usage")
     if usage is None:
         return None
 
@@ -284,7 +286,7 @@ def _read_usage(entry: Mapping[str, Any]) -> Usage | None:
 
 
 def _read_error(entry: Mapping[str, Any]) -> JobError | None:
-    error = _field(entry, "error", lambda value: value is None or isinstance(value, dict), "an object, or null", None)
+    error = _object(entry, "error")
     if error is None:
         return None
     texts = {name: _text(error, name) or "" for name in ("type", "message", "traceback")}

@@ -276,11 +276,9 @@ class Job(Bar, Generic[R_co]):
 
     def _timed_out(self, timeout: float | timedelta | None) -> ResultTimeout:
         record = self._brief()
-        ahead = record.position
-        where = f", {ahead:,} job{'' if ahead == 1 else 's'} ahead of it" if ahead else ""
         workers = "" if self._store.workers() else " No worker is alive: start one with `mlqueue worker MODULE`."
         return ResultTimeout(
-            f"job {self.id} is {record.state}{where} after {seconds(timeout, 'timeout'):g} s; it goes on. "
+            f"job {self.id} is {record.state}{record.ahead} after {seconds(timeout, 'timeout'):g} s; it goes on. "
             f"Wait again, or longer.{workers}"
         )
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 from .errors import InvalidJob, JobNotFound
 from .webhooks import Webhook
@@ -409,6 +409,13 @@ class JobRecord:
     webhook_state: CallbackState | None = None
 
     @property
+    def ahead(self) -> str:
+        """How many jobs are ahead of it, as a part of a sentence; empty where there is none."""
+        if not self.position:
+            return ""
+        return f", {self.position:,} job{'' if self.position == 1 else 's'} ahead of it"
+
+    @property
     def short_text(self) -> str:
         """The short result as text, for where it has no type: ``str()`` of it, empty when there is none, and the first
         line of the error when the job is dead."""
@@ -437,9 +444,13 @@ def _plain(value: object) -> Any:
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+def _is_id(job_id: object) -> TypeGuard[str]:
+    return isinstance(job_id, str) and _ID.fullmatch(job_id) is not None
+
+
 def check_id(job_id: object) -> str:
     """A job's id, checked: 1 to 128 of ``A-Z a-z 0-9 . _ -``."""
-    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+    if not _is_id(job_id):
         raise InvalidJob(
             f"job id {job_id!r}: an id is a str of 1 to 128 letters, digits, '.', '_' or '-'. "
             "Leave it out to get one that is unique."
@@ -449,7 +460,7 @@ def check_id(job_id: object) -> str:
 
 def id_in(namespace: str, job_id: object) -> str:
     """The id of a job that is asked for. Raises `JobNotFound` for what no job can have as an id, None for one."""
-    if not isinstance(job_id, str) or not _ID.fullmatch(job_id):
+    if not _is_id(job_id):
         raise JobNotFound.of(job_id, namespace)
     return job_id
 

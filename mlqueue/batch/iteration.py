@@ -52,10 +52,7 @@ def batch_length(batch: Any) -> int:
 
 def trim_batch(batch: Any, length: int) -> Any:
     """The first `length` samples of a batch or an index batch."""
-    batch = as_structure(batch)
-    if isinstance(batch, ChoiceBatch | SeededBatch):
-        return batch._replace(sample_indices=_trim(batch.sample_indices, length))
-    return _trim(batch, length)
+    return _trim(as_structure(batch), length)
 
 
 def _trim(part: Any, length: int) -> Any:

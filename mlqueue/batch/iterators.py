@@ -107,8 +107,7 @@ class TupleIterator(BatchIterator):
         self._batches = batches
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
-        return as_structure(batch)
+        return as_structure(next(self._batches))
 
     def begin(self) -> None:
         self._batches.begin()

@@ -6,6 +6,8 @@ import re
 import time
 from typing import Final
 
+from .._keeper import STATE
+from ..embedded import DATA
 from ..errors import EmbeddedError, SettingsError
 from ..functions import DEFAULT_NAMESPACE
 from ..store import Connector, Store
@@ -13,7 +15,7 @@ from ..store.records import unquote
 from .call import Call
 
 #: What is in the embedded server's folder once it has run there.
-TRACES: Final = ("appendonlydir", "server.json")
+TRACES: Final = (DATA, STATE)
 
 #: Keys that a namespace has from its first job on (``seq``), from its first worker on (``actors``) or from its first
 #: API key on (``keys``), as the server finds them, and exactly. The layout is in ``store/lua/common.lua``.
