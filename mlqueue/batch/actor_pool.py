@@ -36,6 +36,7 @@ from mlqueue import codec
 from mlqueue.app import MLQ
 from mlqueue.batch.actor_crew import ActorCrew, Desk, Policy, PoolStats, Terms
 from mlqueue.batch.data_source import AbstractDataSource
+from mlqueue.batch.gathering import processors
 from mlqueue.batch.inference import Run, batch_function
 from mlqueue.batch.ways import Doors, open_doors
 from mlqueue.batch.work_pool import AbstractWorkerPool, at_least_one
@@ -216,11 +217,6 @@ class ActorPool(AbstractWorkerPool):
         crew: Any = self._crew
         stats: PoolStats = crew.stats()
         return stats
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _above_zero(value: float | timedelta, name: str) -> float:

@@ -6,6 +6,7 @@ asked. It knows nothing of order; that is the business of :mod:`mlqueue.batch.wo
 
 from __future__ import annotations
 
+import os
 import pickle
 import queue
 import threading
@@ -20,7 +21,7 @@ from mlqueue.batch import gathering
 from mlqueue.batch import pool_worker as worker
 from mlqueue.batch.iteration import ChoiceBatch, SeededBatch
 from mlqueue.batch.pickling import pickle_code
-from mlqueue.batch.transport import Empty, Recycler
+from mlqueue.batch.transport import Empty, Recycler, with_arrays
 
 __all__ = ["BatchCall", "Call", "Crew", "How", "ThreadCrew", "Work", "closed_error"]
 
@@ -179,7 +180,7 @@ class ThreadCrew(Crew):
         ]
         for thread in self._threads:
             thread.start()
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         self._stop = weakref.finalize(self, _stop_threads, self._inbox, threads)
 
     @property
@@ -192,6 +193,7 @@ class ThreadCrew(Crew):
     def submit(self, work: Work) -> ThreadLease:
         if self._closed:
             raise closed_error()
+        check_owner(self._pid, "threads")
         lease = ThreadLease(work)
         self._inbox.put(lease)
         return lease
@@ -201,7 +203,7 @@ class ThreadCrew(Crew):
         lease.ready.release()
         if lease.error is not None:
             raise lease.error
-        return lease.value
+        return with_arrays(lease.value, read_only) if how == "view" else lease.value
 
     def release(self, lease: ThreadLease) -> None:
         pass
@@ -247,6 +249,19 @@ def _work_alone(inbox: Inbox) -> None:
 def _stop_threads(inbox: Inbox, threads: int) -> None:
     for _ in range(threads):
         inbox.put(None)
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view that cannot be written."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def check_owner(pid: int, kind: str) -> None:
+    """Raise RuntimeError in a process that a pool was not made in."""
+    if os.getpid() != pid:
+        raise RuntimeError(f"a pool of {kind} belongs to the process that made it; make one after the fork.")
 
 
 def closed_error() -> RuntimeError:

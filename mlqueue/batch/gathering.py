@@ -23,7 +23,7 @@ from functools import lru_cache
 
 from mlqueue.errors import SettingsError
 
-__all__ = ["Pace", "pace_of", "set_threads", "shared", "threads", "without_help"]
+__all__ = ["Pace", "pace_of", "processors", "set_threads", "shared", "threads", "without_help"]
 
 #: The setting.
 VARIABLE = "MLQUEUE_GATHER_THREADS"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -13,12 +12,10 @@ import numpy as np
 from mlqueue.batch.rows import as_rows, mapped_root
 from mlqueue.errors import MissingDependency
 
-__all__ = ["pickle_code", "pickle_plain"]
+__all__ = ["pickle_code"]
 
 #: A part of a memory map of fewer bytes is sent as its content.
 SMALL: Final = 1 << 16
-#: What every worker has imported, besides this package.
-PLAIN: Final = ("builtins", "numpy")
 
 
 def pickle_code(
@@ -55,32 +52,6 @@ def pickle_code(
 
     keep = None if whole else lambda buffer: buffers.append(buffer.raw())
     Pickler(file, protocol=5, buffer_callback=keep).dump(value)
-    return file.getvalue(), buffers
-
-
-class _Foreign(Exception):
-    """Something that is neither numpy's nor of this package."""
-
-
-class _PlainPickler(pickle.Pickler):
-    def reducer_override(self, obj: Any) -> Any:
-        reduced = reduce_file(obj)
-        if reduced is not NotImplemented:
-            return reduced
-        module = str(getattr(obj if callable(obj) else type(obj), "__module__", ""))
-        if module.partition(".")[0] not in PLAIN and not module.startswith("mlqueue.batch."):
-            raise _Foreign
-        return NotImplemented
-
-
-def pickle_plain(value: Any) -> tuple[bytes, list[Any]] | None:
-    """As :func:`pickle_code`, without cloudpickle, whose import takes time; None where something needs that."""
-    buffers: list[Any] = []
-    file = io.BytesIO()
-    try:
-        _PlainPickler(file, 5, buffer_callback=lambda buffer: buffers.append(buffer.raw())).dump(value)
-    except (_Foreign, pickle.PicklingError, AttributeError, TypeError):
-        return None
     return file.getvalue(), buffers
 
 

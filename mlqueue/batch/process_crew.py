@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from mlqueue.batch import pool_worker as worker
-from mlqueue.batch.crew import Crew, How, Work, closed_error
+from mlqueue.batch.crew import Crew, How, Work, check_owner, closed_error
 from mlqueue.batch.errors import BatchError
-from mlqueue.batch.pickling import pickle_code, pickle_plain
+from mlqueue.batch.pickling import pickle_code
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotArena, SlotWriter, send_record
 
 __all__ = ["ProcessCrew", "SharedConstant", "WorkerDied", "WorkerError"]
@@ -263,9 +263,8 @@ class ProcessCrew(Crew):
     # --- work ---
 
     def share(self, value: Any, earlier: Any = None) -> SharedConstant:
-        self._check_usable()
-        plain = pickle_plain(value) if worker.is_pure(value) else None
-        pickled, buffers = pickle_code(value) if plain is None else plain
+        self.check_usable()
+        pickled, buffers = pickle_code(value)
         if isinstance(earlier, SharedConstant) and earlier.holds(pickled, buffers):
             return earlier
         constant = SharedConstant(next(self._constant_numbers), pickled, buffers)
@@ -277,7 +276,7 @@ class ProcessCrew(Crew):
         return constant
 
     def submit(self, work: Work) -> Lease:
-        self._check_usable()
+        self.check_usable()
         lease = Lease(work)
         lease.request = work.encode()
         with self._turn:
@@ -329,7 +328,7 @@ class ProcessCrew(Crew):
 
     def _wait_until_done(self, lease: Lease) -> None:
         while not lease.done:
-            self._check_usable()
+            self.check_usable()
             if self._reading:
                 self._turn.wait()
             else:
@@ -431,11 +430,11 @@ class ProcessCrew(Crew):
             for handle in self._workers.values():
                 handle.tell(worker.FORGET, number)
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Raise RuntimeError when it is closed, or another process's."""
         if not self._stop.alive:
             raise closed_error()
-        if os.getpid() != self._pid:
-            raise RuntimeError("a pool of processes belongs to the process that made it; make one after the fork.")
+        check_owner(self._pid, "processes")
 
     def close(self) -> None:
         with self._turn:

@@ -28,6 +28,8 @@ HDF5_LOCK = threading.RLock()
 
 #: Batches of an array of at least so many bytes are put into memory that is used again.
 REUSED_BYTES = 1 << 19
+#: Copies of more bytes at once go past the caches, out of which whoever asked for the batch would read it next.
+COPIED_AT_ONCE = 1 << 20
 #: For all iterators of this process: the next one finds what the one before has left.
 RECYCLER = Recycler()
 
@@ -176,17 +178,18 @@ class Gatherer:
             return lambda span: array[span].copy()
         empty = RECYCLER.maker(self._shape(array), array.dtype)
         pace, length = self._pace("copy", array), self._length
+        step = rows_at_once(length, array[:1].nbytes)
 
         def copy(span: Any) -> np.ndarray:
             rows = empty()
-            rows[...] = array[span]
+            copy_rows(rows, array[span], step)
             return rows
 
         def share(span: Any) -> np.ndarray:
             rows, given = empty(), array[span]
 
             def copy_part(start: int, stop: int) -> None:
-                rows[start:stop] = given[start:stop]
+                copy_rows(rows[start:stop], given[start:stop], step)
 
             pace(copy_part, length)  # type: ignore[misc]
             return rows
@@ -240,6 +243,18 @@ class Gatherer:
             return lent
 
         return lend
+
+
+def rows_at_once(length: int, row_bytes: int) -> int:
+    """How many of so many rows to copy at once: as many each time, of :data:`COPIED_AT_ONCE` bytes or a little more."""
+    parts = min(length, -(-length * row_bytes // COPIED_AT_ONCE))
+    return -(-length // max(1, parts))
+
+
+def copy_rows(rows: np.ndarray, given: np.ndarray, step: int) -> None:
+    """Copy as many rows as there are into others, so many at once."""
+    for start in range(0, len(rows), step):
+        rows[start : start + step] = given[start : start + step]
 
 
 def take_shared(pace: gathering.Pace, take: Callable[..., Any], index: np.ndarray, rows: np.ndarray) -> None:

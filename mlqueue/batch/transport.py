@@ -568,13 +568,18 @@ class SlotArena:
 
 def _owned(node: Any) -> Any:
     """The same batch, with copies of the arrays."""
+    return with_arrays(node, np.ndarray.copy)
+
+
+def with_arrays(node: Any, change: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """The same batch, with what `change` gives for each of its arrays."""
     kind = type(node)
     if kind is np.ndarray:
-        return node.copy()
+        return change(node)
     if kind is tuple or kind is list:
-        return kind([_owned(part) for part in node])
+        return kind([with_arrays(part, change) for part in node])
     if kind is dict:
-        return {name: _owned(part) for name, part in node.items()}
+        return {name: with_arrays(part, change) for name, part in node.items()}
     return node
 
 

@@ -9,11 +9,13 @@
 
 Which pool: :class:`WorkerThreadPool` where the time is spent in code that lets go of Python's global lock (numpy,
 Pillow, reading files), :class:`WorkerProcessPool` where it is spent in Python itself. Both give the batches that the
-source itself gives, in its order: the indices are drawn by the process that iterates, the workers only gather.
+source itself gives, in its order: the indices are drawn by the process that iterates, the workers only gather. Rows of
+numpy arrays, with no function to apply, are gathered by threads in both: processes would need the arrays a second time.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, repeat
@@ -23,8 +25,16 @@ import numpy as np
 
 from mlqueue.batch import skips
 from mlqueue.batch.crew import BatchCall, Call, Crew, ThreadCrew
-from mlqueue.batch.data_source import AbstractDataSource, need_random_access, noise_entropy, state_of
+from mlqueue.batch.data_source import (
+    AbstractDataSource,
+    ChoiceDataSource,
+    CompositeDataSource,
+    need_random_access,
+    noise_entropy,
+    state_of,
+)
 from mlqueue.batch.errors import BatchSkipped
+from mlqueue.batch.gathering import processors
 from mlqueue.batch.iteration import BatchIterator
 from mlqueue.batch.order import as_shuffle
 from mlqueue.batch.pool_worker import is_pure
@@ -44,9 +54,9 @@ __all__ = [
 ]
 
 #: Small batches of plain arrays are gathered together, up to about so many bytes, and parted when they are given: by
-#: threads, and by processes, which are called off one group at a time and so do not go beyond the buffer.
-THREAD_GROUP_BYTES = 1 << 23
-PROCESS_GROUP_BYTES = 1 << 20
+#: threads, and by actors, which are called off one group at a time and so do not go beyond the buffer.
+THREAD_GROUP_BYTES = 1 << 22
+ACTOR_GROUP_BYTES = 1 << 20
 #: So many at most, however small they are.
 MOST_GROUPED = 64
 #: Every so many batches the place of the index iterator is noted, so that a state can be made for any batch.
@@ -79,6 +89,10 @@ class AbstractWorkerPool:
         """A data source whose batches are those of `ds`, prepared by the workers; see :class:`ParallelDataSource`."""
         return ParallelDataSource(ds, batch_buffer_size, self, copy=copy)
 
+    def _crew_for(self, ds: AbstractDataSource) -> Crew:
+        """The workers that prepare the batches of a source."""
+        return self._crew
+
     def close(self) -> None:
         """End the workers and what they do; nothing of the pool is left afterwards. Batches that were given stay."""
         self._crew.close()
@@ -104,10 +118,31 @@ class WorkerProcessPool(AbstractWorkerPool):
     ``if __name__ == "__main__"``. Functions and classes of the main script, lambdas and closures are sent by value.
     Batches come back in memory that is shared, without being pickled. A process that dies is replaced and its batches
     are prepared again; a batch whose process dies three times raises :class:`WorkerDied`. Needs joblib.
+
+    The rows of a source that is nothing but numpy arrays are gathered by as many threads of this process (no more than
+    it has processors). That is faster, and the arrays, which the processes would have to share, are there once.
     """
 
     def __init__(self, processes: int = 1) -> None:
-        super().__init__(ProcessCrew(at_least_one(processes, "processes")))
+        self._processes = ProcessCrew(at_least_one(processes, "processes"))
+        super().__init__(self._processes)
+        self._threads: ThreadCrew | None = None
+        self._making = threading.Lock()
+
+    def _crew_for(self, ds: AbstractDataSource) -> Crew:
+        if not takes_rows(ds):
+            return self._processes
+        self._processes.check_usable()
+        with self._making:
+            if self._threads is None:
+                self._threads = ThreadCrew(min(self._processes.workers, processors()))
+            return self._threads
+
+    def close(self) -> None:
+        super().close()
+        with self._making:
+            if self._threads is not None:
+                self._threads.close()
 
 
 class Window(Generic[T]):
@@ -211,10 +246,10 @@ class ParallelDataSource(AbstractDataSource):
     """The batches of a data source, prepared by the workers of a pool, in the source's own order.
 
     `ds`: a source with access by index (else TypeError). `batch_buffer_size`: how many batches are prepared ahead, at
-    least 1. `pool`: one of the pools. `copy`: batches are arrays of your own, to write into and to keep; from
-    processes, ``copy=False`` gives arrays that cannot be written and are valid until the next batch.
+    least 1. `pool`: one of the pools. `copy`: batches are arrays of your own, to write into and to keep;
+    ``copy=False`` gives arrays that cannot be written and are valid until the next batch.
 
-    A pool of processes sees the source as it is when :meth:`batch_iterator` is called.
+    The processes of a pool see the source as it is when :meth:`batch_iterator` is called.
     """
 
     def __init__(
@@ -250,8 +285,9 @@ class ParallelDataSource(AbstractDataSource):
         `most`: no batch is prepared beyond this number, counted from the beginning.
         """
         how: Literal["lend", "view"] = "lend" if kwargs.pop("copy", self.copy) else "view"
-        self._shared = self.pool._crew.share(self.ds, self._shared)
-        return ParallelIterator(self, batch_size, kwargs, how, state, most)
+        crew = self.pool._crew_for(self.ds)
+        self._shared = crew.share(self.ds, self._shared)
+        return ParallelIterator(self, crew, batch_size, kwargs, how, state, most)
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> ParallelDataSource:
         """One part of every epoch, prepared by the same pool; see ``RandomAccessDataSource.shard``."""
@@ -343,14 +379,15 @@ class ParallelIterator(BatchIterator):
     def __init__(
         self,
         source: ParallelDataSource,
+        crew: Crew,
         batch_size: int,
         kwargs: dict[str, Any],
         how: Literal["lend", "view"],
         state: dict[str, Any] | None = None,
         most: int | None = None,
     ) -> None:
-        self._source, self._batch_size, self._kwargs, self._how = source, batch_size, kwargs, how
-        self._most = most
+        self._source, self._crew, self._batch_size, self._kwargs = source, crew, batch_size, kwargs
+        self._how, self._most = how, most
         self._shared = source._shared
         self._shuffle = as_shuffle(kwargs.get("shuffle"))
         self._stream = noise_entropy(self._shuffle), int(kwargs.get("epoch", 0))
@@ -371,7 +408,7 @@ class ParallelIterator(BatchIterator):
     def _start(self, indices: Any, number: int) -> None:
         self._given = number
         self._parts: deque[Any] = deque()  # batches of a group that are to be given
-        crew, ahead = self._source.pool._crew, self._source.batch_buffer_size
+        crew, ahead = self._crew, self._source.batch_buffer_size
         groups = group_sizes(self._source.ds, self._batch_size, crew, ahead)
         self._drawing = Drawing(indices, number, self._batch_size, groups, self._most)
         calls = self._drawing.calls(self._shared, self._stream, crew.empty)
@@ -466,7 +503,14 @@ def group_sizes(ds: AbstractDataSource, batch_size: int, crew: Crew, ahead: int)
         # first batches come one by one, to be there soon.
         size = min(THREAD_GROUP_BYTES // batch_bytes, MOST_GROUPED)
         return [1 << step for step in range(size.bit_length() - 1)] + [max(1, size)]
-    return [max(1, min(ahead // (2 * crew.workers), PROCESS_GROUP_BYTES // batch_bytes))]
+    return [max(1, min(ahead // (2 * crew.workers), ACTOR_GROUP_BYTES // batch_bytes))]
+
+
+def takes_rows(ds: AbstractDataSource) -> bool:
+    """Whether a source only takes rows of numpy arrays, or is made of such."""
+    if type(ds) in (CompositeDataSource, ChoiceDataSource):
+        return all(map(takes_rows, ds.datasets))  # type: ignore[attr-defined]
+    return is_pure(ds)
 
 
 def part_batch(batch: Any, sizes: list[int]) -> list[Any]:

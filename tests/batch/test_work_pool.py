@@ -71,6 +71,10 @@ def scale_in_place(x, y):
     return x, y
 
 
+def as_it_is(*batch):
+    return batch
+
+
 def to_dict(x, y):
     return {"x": x, "y": y}
 
@@ -175,11 +179,11 @@ class TestSameBatchesAsTheSource:
 
     @pytest.mark.parametrize("buffer", [1, 2, 3, 20, 300])
     @pytest.mark.parametrize("batch_size", [1, 64, 1000])
-    def test_whatever_the_buffer(self, pool, buffer, batch_size):
-        parallel = pool.parallel_data_source(arrays(), buffer)
-        assert_same_batches(
-            arrays().batch_iterator(batch_size, shuffle=1), parallel.batch_iterator(batch_size, shuffle=1)
-        )
+    @pytest.mark.parametrize("source", ["arrays", "mapped"])
+    def test_whatever_the_buffer(self, pool, buffer, batch_size, source):
+        ds = SOURCES[source]()
+        parallel = pool.parallel_data_source(ds, buffer)
+        assert_same_batches(ds.batch_iterator(batch_size, shuffle=1), parallel.batch_iterator(batch_size, shuffle=1))
 
     def test_the_global_state_is_drawn_from_as_the_source_would(self, pool):
         np.random.seed(3)
@@ -263,7 +267,7 @@ class TestSameBatchesAsTheSource:
             file = tables.open_file(path, "r")
             array, close = file.root.x, file.close
         try:
-            ds = ArrayDataSource([array, Y])
+            ds = ArrayDataSource([array, Y]).map(as_it_is)
             actual = processes.parallel_data_source(ds, 5).batch_iterator(20, shuffle=1)
             assert_same_batches(arrays().batch_iterator(20, shuffle=1), actual)
             if library == "memmap":
@@ -301,39 +305,53 @@ class TestRandomNumbers:
 
 class TestMemory:
     big = staticmethod(lambda: ArrayDataSource([np.random.default_rng(0).random((400, 3000))]))
+    mapped = staticmethod(lambda: TestMemory.big().map(as_it_is))
 
-    def test_batches_are_the_callers_own(self, pool):
+    @pytest.fixture(params=["big", "mapped"])
+    def source(self, request):
+        return getattr(self, request.param)()
+
+    def test_batches_are_the_callers_own(self, pool, source):
         expected = list(self.big().batch_iterator(16, shuffle=1))
         kept = []
-        for (x,) in pool.parallel_data_source(self.big(), 3).batch_iterator(16, shuffle=1):
+        for (x,) in pool.parallel_data_source(source, 3).batch_iterator(16, shuffle=1):
             kept.append((x.copy(), x))
         for (expected_x,), (copy, x) in zip(expected, kept, strict=True):
             np.testing.assert_array_equal(expected_x, x)
             x += 1
             np.testing.assert_array_equal(copy + 1, x)
 
-    def test_views_are_valid_until_the_next_batch(self, processes):
+    def test_views_are_valid_until_the_next_batch(self, pool, source):
         expected = self.big().batch_iterator(16, shuffle=1)
-        actual = processes.parallel_data_source(self.big(), 3, copy=False).batch_iterator(16, shuffle=1)
+        actual = pool.parallel_data_source(source, 3, copy=False).batch_iterator(16, shuffle=1)
         for (a,), (b,) in zip(expected, actual, strict=True):
             np.testing.assert_array_equal(a, b)
             assert not b.flags.writeable
 
+    def test_what_a_function_has_given_can_still_be_written_by_whoever_has_it(self, threads):
+        kept = {"x": np.zeros(3), "more": [np.ones(2), "text"]}
+        ds = FunctionDataSource(lambda indices: kept, 4)
+        (given,) = threads.parallel_data_source(ds, copy=False).batch_iterator(4)
+        assert not given["x"].flags.writeable
+        assert not given["more"][0].flags.writeable
+        kept["x"] += 1
+        assert given["x"].tolist() == [1, 1, 1]
+
     def test_memory_is_used_again(self):
         with WorkerProcessPool(2) as pool:
             arena = pool._crew._arena
-            parallel = pool.parallel_data_source(self.big(), 3)
+            parallel = pool.parallel_data_source(self.mapped(), 3)
             for epoch in range(12):
                 for _ in parallel.batch_iterator(16, shuffle=1, epoch=epoch):
                     pass
             # Those ahead, those lent, and one that is being read.
-            assert len(arena.slots) <= 3 + arena.most_lent + 1
+            assert 1 <= len(arena.slots) <= 3 + arena.most_lent + 1
 
-    def test_batches_outlive_the_pool(self):
-        for make in (WorkerThreadPool, WorkerProcessPool):
-            with make(1) as pool:
-                (x,) = next(pool.parallel_data_source(self.big(), 1).batch_iterator(400))
-            np.testing.assert_array_equal(self.big().data[0], x)
+    @pytest.mark.parametrize("make", [WorkerThreadPool, WorkerProcessPool])
+    def test_batches_outlive_the_pool(self, make, source):
+        with make(1) as pool:
+            (x,) = next(pool.parallel_data_source(source, 1).batch_iterator(400))
+        np.testing.assert_array_equal(self.big().data[0], x)
 
     def test_functions_that_ask_for_it_fill_the_batch_in_place(self, pool):
         made = []
@@ -356,8 +374,8 @@ class TestGroups:
     def test_they_grow_from_one_to_a_bounded_size_and_only_of_plain_arrays(self, threads):
         sizes = partial(work_pool.group_sizes, crew=threads._crew, ahead=4)
         small = ArrayDataSource([np.zeros((10, 100_000), np.uint8), np.zeros((10, 25_000), np.int32)])
-        assert sizes(small, 2) == [1, 2, 4, 8, 20]  # of 8 MB
-        assert sizes(small, 30) == sizes(small, 5_000_000) == [1]
+        assert sizes(small, 2) == [1, 2, 4, 10]  # of 4 MB
+        assert sizes(small, 15) == sizes(small, 5_000_000) == [1]
         assert sizes(arrays(), 1)[-1] == work_pool.MOST_GROUPED
         assert sizes(ArrayDataSource([Nodes()]), 2) == sizes(small.map(scale_in_place), 2) == [1]
 
@@ -385,6 +403,60 @@ class TestGroups:
             del a, b
         for a, b in kept:
             np.testing.assert_array_equal(a, b)
+
+
+class TestRows:
+    """Rows of numpy arrays, which a pool of processes gathers by threads of this one."""
+
+    @pytest.mark.parametrize("source", ["arrays", "weighted", "dict", "composite", "nested", "choice"])
+    def test_no_process_is_asked(self, source):
+        with WorkerProcessPool(2) as pool:
+            list(itertools.islice(pool.parallel_data_source(SOURCES[source](), 3).batch_iterator(20, shuffle=1), 30))
+            assert not pool._crew._arena.slots
+            assert not pool._crew._constants
+
+    @pytest.mark.parametrize("source", ["array-like", "mapped", "ragged, with texts"])
+    def test_what_runs_a_users_code_is_for_processes(self, source):
+        with WorkerProcessPool(2) as pool:
+            before = pool_threads()
+            next(pool.parallel_data_source(SOURCES[source](), 3).batch_iterator(20, shuffle=1))
+            assert pool_threads() == before
+            assert pool._crew._arena.slots
+
+    def test_objects_are_for_processes(self):
+        with WorkerProcessPool(1) as pool:
+            ds = ArrayDataSource([np.array([{"a": 1}, None, "b"], dtype=object)])
+            ((x,),) = pool.parallel_data_source(ds).batch_iterator(3)
+            assert x.tolist() == [{"a": 1}, None, "b"]
+            assert pool._crew._arena.slots
+
+    def test_they_come_while_all_processes_are_busy(self, tmp_path):
+        go = tmp_path / "go"
+
+        def wait(indices):
+            deadline = time.monotonic() + DEADLINE
+            while not go.exists() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            return (indices,)
+
+        with WorkerProcessPool(1) as pool:
+            slow = pool.parallel_data_source(FunctionDataSource(wait, 2)).batch_iterator(1)
+            assert_same_batches(arrays().batch_iterator(50), pool.parallel_data_source(arrays(), 3).batch_iterator(50))
+            go.touch()
+            assert [indices.tolist() for (indices,) in slow] == [[0], [1]]
+
+    def test_a_later_pass_sees_what_was_changed(self):
+        data = np.zeros((50, 4))
+        with WorkerProcessPool(1) as pool:
+            parallel = pool.parallel_data_source(ArrayDataSource([data]), 3)
+            assert all((x == 0).all() for (x,) in parallel.batch_iterator(10))
+            data[49, 3] = 7
+            assert [x.max() for (x,) in parallel.batch_iterator(10)] == [0, 0, 0, 0, 7]
+
+    def test_there_are_no_more_threads_than_processors(self):
+        with WorkerProcessPool(3) as pool:
+            next(pool.parallel_data_source(arrays(), 3).batch_iterator(20))
+            assert len(pool._threads._threads) == min(3, len(os.sched_getaffinity(0)))
 
 
 class TestResume:
@@ -660,9 +732,10 @@ class TestEnd:
         gc.collect()
         fds, shm, threads_before = open_fds(), set(os.listdir("/dev/shm")), threading.active_count()
         with WorkerProcessPool(2) as pool:
-            parallel = pool.parallel_data_source(arrays(), 4)
+            parallel = pool.parallel_data_source(arrays().map(as_it_is), 4)
             batches = parallel.batch_iterator(10)
             kept = next(batches)
+            assert_same(kept, next(pool.parallel_data_source(arrays(), 4).batch_iterator(10)))
             pids = worker_pids(pool)
             constant = pool.shared_constant(X)
         with WorkerThreadPool(2) as thread_pool:
@@ -723,9 +796,10 @@ class TestEnd:
         assert time.monotonic() - begun < DEADLINE
 
     @pytest.mark.parametrize("make", [WorkerThreadPool, WorkerProcessPool])
-    def test_a_closed_pool_says_so(self, make):
+    @pytest.mark.parametrize("source", ["arrays", "mapped"])
+    def test_a_closed_pool_says_so(self, make, source):
         pool = make(1)
-        parallel = pool.parallel_data_source(arrays(), 2)
+        parallel = pool.parallel_data_source(SOURCES[source](), 2)
         batches = parallel.batch_iterator(10)
         pool.close()
         pool.close()
@@ -796,28 +870,31 @@ class TestEnd:
         """)
         assert out.splitlines() == ["[[200, 202, 204, 206], [208, 210, 212, 214], [216, 218]]", "[0, 1, 2]", "True"]
 
-    def test_a_pool_is_not_for_forked_processes(self):
-        out = output_of("""
+    @pytest.mark.parametrize("kind", ["Process", "Thread"])
+    def test_a_pool_is_not_for_forked_processes(self, kind):
+        out = output_of(f"""
         import os, sys, warnings
-        from mlqueue.batch.work_pool import WorkerProcessPool
-        pool = WorkerProcessPool(1)
+        import numpy as np
+        from mlqueue.batch.data_source import ArrayDataSource
+        from mlqueue.batch.work_pool import Worker{kind}Pool
+        pool = Worker{kind}Pool(1)
+        parallel = pool.parallel_data_source(ArrayDataSource([np.arange(3)]))
         warnings.simplefilter("ignore")
         pid = os.fork()
         if pid == 0:
-            try:
-                pool.work_stream([(pow, (2, 2))])
-                next(pool.work_stream([(pow, (2, 2))]))
-            except RuntimeError as error:
-                print(error, flush=True)
-            del pool
+            for use in (lambda: pool.work_stream([(pow, (2, 2))]), lambda: parallel.batch_iterator(3)):
+                try:
+                    next(use())
+                except RuntimeError as error:
+                    print(error, flush=True)
+            del pool, parallel
             sys.exit(0)
         os.waitpid(pid, 0)
-        print(next(pool.work_stream([(pow, (2, 2))])))
+        print(next(pool.work_stream([(pow, (2, 2))])), next(parallel.batch_iterator(3))[0].tolist())
         """)
-        assert out.splitlines() == [
-            "a pool of processes belongs to the process that made it; make one after the fork.",
-            "4",
-        ]
+        kind = {"Process": "processes", "Thread": "threads"}[kind]
+        error = f"a pool of {kind} belongs to the process that made it; make one after the fork."
+        assert out.splitlines() == [error, error, "4 [0, 1, 2]"]
 
     def test_importing_needs_numpy_only(self):
         out = output_of("""
@@ -826,24 +903,6 @@ class TestEnd:
         print({name.partition(".")[0] for name in sys.modules} & {"joblib", "cloudpickle", "tables", "h5py", "torch"})
         """)
         assert out.strip() == "set()"
-
-    def test_arrays_are_sent_without_cloudpickle_and_what_is_a_users_with_it(self):
-        out = output_of("""
-        import sys
-        import numpy as np
-        from mlqueue.batch import sampling
-        from mlqueue.batch.data_source import ArrayDataSource
-        from mlqueue.batch.work_pool import WorkerProcessPool
-        class Backwards(sampling.StandardSampler):
-            def map_indices(self, indices):
-                return 9 - indices
-        with WorkerProcessPool(1) as pool:
-            ds = pool.parallel_data_source(ArrayDataSource({"x": np.arange(10)}, indices=[3, 1, 2]))
-            print([batch["x"].tolist() for batch in ds.batch_iterator(2)], "cloudpickle" in sys.modules)
-            ds = pool.parallel_data_source(ArrayDataSource([np.arange(10)], sampler=Backwards(10)))
-            print([batch[0].tolist() for batch in ds.batch_iterator(5)], "cloudpickle" in sys.modules)
-        """)
-        assert out.splitlines() == ["[[3, 1], [2]] False", "[[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] True"]
 
 
 def shared_sum(constant, n):
@@ -931,7 +990,7 @@ class TestShared:
 
     def test_new_values_at_old_addresses_are_never_mixed_up(self, processes):
         for value in range(12):
-            ds = ArrayDataSource([np.full((5, 3), value)])
+            ds = ArrayDataSource([np.full((5, 3), value)]).map(as_it_is)
             (x,) = next(processes.parallel_data_source(ds, 2).batch_iterator(5))
             assert (x == value).all()
             del ds
@@ -939,7 +998,7 @@ class TestShared:
 
     def test_a_source_that_was_changed_is_sent_again_and_else_not(self, processes):
         data = np.zeros((50_000, 4))
-        parallel = processes.parallel_data_source(ArrayDataSource([data]), 3)
+        parallel = processes.parallel_data_source(ArrayDataSource([data]).map(as_it_is), 3)
         assert all((x == 0).all() for (x,) in parallel.batch_iterator(10_000))
         shared = parallel._shared
         assert all((x == 0).all() for (x,) in parallel.batch_iterator(10_000))
