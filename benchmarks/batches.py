@@ -391,9 +391,8 @@ class TorchView:
 def open_loader(name: str, task: Any, closing: contextlib.ExitStack) -> Callable[[int], Iterator[Any]] | None:
     """A function that gives an epoch's shuffled batches; None when the competitor is not installed."""
     size = task.batch_size
-    if name in ("mlqueue processes", "mlqueue threads"):
-        make = work_pool.WorkerProcessPool if name.endswith("processes") else work_pool.WorkerThreadPool
-        pool = closing.enter_context(make(WORKERS))
+    if name in POOLS:
+        pool = closing.enter_context(POOLS[name]())
         parallel = pool.parallel_data_source(task.source(), AHEAD)
         return lambda epoch: parallel.batch_iterator(size, shuffle=1, epoch=epoch)
     if name == "mlqueue, one":
@@ -419,6 +418,11 @@ def open_loader(name: str, task: Any, closing: contextlib.ExitStack) -> Callable
     return lambda epoch: iter(loader)
 
 
+POOLS: dict[str, Callable[[], Any]] = {
+    "mlqueue processes": lambda: work_pool.WorkerProcessPool(WORKERS),
+    "mlqueue threads": lambda: work_pool.WorkerThreadPool(WORKERS),
+    "mlqueue processes, helped": lambda: work_pool.WorkerProcessPool(WORKERS, help_while_starting=True),
+}
 LOADERS = ("mlqueue processes", "mlqueue threads", "mlqueue, one", "BatchUp processes", "torch")
 
 
@@ -782,13 +786,16 @@ def first(options: argparse.Namespace) -> None:
     make_images(options.images_folder, options.images)
     rows = []
     for task_name in options.tasks or TASKS:
-        for name in LOADERS:
+        for name in ("mlqueue processes, helped", *LOADERS):
             runs = []
             for _ in range(options.rounds):
                 command = [sys.executable, "-P", __file__, "--one", name, task_name, "--images", str(options.images)]
-                done = subprocess.run(
-                    [*command, "--images-folder", str(options.images_folder)], stdout=subprocess.PIPE, check=False
-                )
+                command += ["--images-folder", str(options.images_folder)]
+                try:
+                    done = subprocess.run(command, stdout=subprocess.PIPE, check=False, timeout=60)
+                except subprocess.TimeoutExpired:
+                    print(f"{name}, {task_name}: no answer within 60 s", file=sys.stderr)
+                    continue
                 if done.returncode == 0 and done.stdout.strip():
                     runs.append(json.loads(done.stdout.splitlines()[-1]))
             if runs:

@@ -12,6 +12,7 @@ owner dies or closes the pool, the setup connection ends, and the process with i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -21,7 +22,7 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,9 @@ RESULT = struct.Struct("<B7xQQQQ")
 READY, DONE, FAILED, SKIPPED = range(1, 5)
 #: The words of a slot's header.
 EXPECTED, CLAIMED = 0, 1
+
+#: Gives the value of the shared constant of a number.
+Lookup = Callable[[int], Any]
 
 #: What random numbers are derived from: (entropy, epoch, number of the batch).
 Key = tuple[int, int, int]
@@ -67,12 +71,14 @@ def dump(value: Any, keep_buffer: Callable[[Any], Any] | None = None) -> bytes:
 
 def constant(number: int) -> Any:
     """The shared constant of this number; what the pickle of a ``SharedConstant`` calls in a worker."""
-    if _worker is None:
+    lookup: Lookup | None = getattr(_own, "lookup", None if _worker is None else _worker.constant)
+    if lookup is None:
         raise RuntimeError("a shared constant can be used in the tasks of its own pool only; pass the value itself.")
-    return _worker.constant(number)
+    return lookup(number)
 
 
 _worker: Worker | None = None
+_own = threading.local()
 
 
 def main(setup: int, leases: int, results: int, serial: int) -> None:
@@ -126,15 +132,10 @@ class Worker:
         if segment.word(EXPECTED) != lease:
             self._send(SKIPPED, lease, slot)
             return
-        end = HEADER_BYTES + length
         try:
-            writer.begin(end)
-            place, size = writer.write(perform(load(segment.memory[HEADER_BYTES:end]), self.constant, writer.empty))
-            self._send(DONE, lease, slot, place, size)
+            self._send(DONE, lease, slot, *fill(writer, length, self.constant))
         except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to whoever waits for the batch
-            writer.begin(end)
-            place, size = writer.write(describe_error(error))
-            self._send(FAILED, lease, slot, place, size)
+            self._send(FAILED, lease, slot, *fill_error(writer, length, error))
 
     def _send(self, kind: int, lease: int, slot: int, place: int = 0, length: int = 0) -> None:
         try:
@@ -152,13 +153,47 @@ class Worker:
     def constant(self, number: int) -> Any:
         """The value of a shared constant, made once in this process."""
         if number not in self._constants:
-            segment, place, length = self._wait_for(self._segments, number)
-            whole = segment.as_private_bytes()
-            paths, body, buffers = read_description(whole, place, length)(whole, constant_parts)
+            paths, self._constants[number] = load_constant(*self._wait_for(self._segments, number))
             # What has been added to the owner's path of modules since this process began.
             sys.path.extend(path for path in paths if path not in sys.path)
-            self._constants[number] = load(body, buffers)
         return self._constants[number]
+
+
+def load_constant(segment: Segment, place: int, length: int) -> tuple[list[str], Any]:
+    """The owner's path of modules, and the value of a shared constant that is described at `place` of its segment."""
+    whole = segment.as_private_bytes()
+    paths, body, buffers = read_description(whole, place, length)(whole, constant_parts)
+    return paths, load(body, buffers)
+
+
+def fill(writer: SlotWriter, length: int, lookup: Lookup) -> tuple[int, int]:
+    """Do what the request of `length` bytes in a slot says, and put the result behind it: place and length of its
+    description."""
+    end = HEADER_BYTES + length
+    request = load(writer.segment.memory[HEADER_BYTES:end])
+    writer.begin(end)
+    return writer.write(perform(request, lookup, writer.empty))
+
+
+def fill_error(writer: SlotWriter, length: int, error: BaseException) -> tuple[int, int]:
+    """As :func:`fill`, with an error in the place of the result."""
+    writer.begin(HEADER_BYTES + length)
+    return writer.write(describe_error(error))
+
+
+@contextlib.contextmanager
+def in_place_of_a_worker(lookup: Lookup) -> Iterator[None]:
+    """Meanwhile this thread does work of worker processes. The global random generators, which are seeded for each
+    batch, are put back after it."""
+    import random
+
+    states, _own.lookup = (np.random.get_state(), random.getstate()), lookup
+    try:
+        yield
+    finally:
+        del _own.lookup
+        np.random.set_state(states[0])
+        random.setstate(states[1])
 
 
 def constant_parts(body: Any, buffers: Sequence[Any]) -> tuple[list[str], bytes, Sequence[Any]]:
@@ -167,7 +202,7 @@ def constant_parts(body: Any, buffers: Sequence[Any]) -> tuple[list[str], bytes,
     return paths, pickled, buffers
 
 
-def perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Callable[..., np.ndarray]) -> Any:
+def perform(request: tuple[Any, ...], constant: Lookup, empty: Callable[..., np.ndarray]) -> Any:
     """Do what a request says.
 
     ``("call", fn, args, kwargs)``, ``("batch", constant, index batch, key)``, or the short form of the latter for most
@@ -177,7 +212,7 @@ def perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Cal
         return _perform(request, constant, empty)
 
 
-def _perform(request: tuple[Any, ...], constant: Callable[[int], Any], empty: Callable[..., np.ndarray]) -> Any:
+def _perform(request: tuple[Any, ...], constant: Lookup, empty: Callable[..., np.ndarray]) -> Any:
     kind, *rest = request
     if kind == "call":
         function, args, kwargs = rest

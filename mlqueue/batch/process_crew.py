@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mlqueue.batch import pool_worker as worker
-from mlqueue.batch.crew import Crew, How, Work, check_owner, closed_error
+from mlqueue.batch.crew import BatchCall, Crew, How, Work, check_owner, closed_error
 from mlqueue.batch.errors import BatchError
 from mlqueue.batch.pickling import pickle_code
 from mlqueue.batch.transport import HEADER_BYTES, Segment, SlotArena, SlotWriter, send_record
@@ -97,11 +97,12 @@ def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 class Lease:
     """A piece of work that has been given out."""
 
-    __slots__ = ("copied", "done", "error", "filled", "number", "request", "slots", "tries", "value", "work")
+    __slots__ = ("copied", "done", "error", "filled", "here", "number", "request", "slots", "tries", "value", "work")
 
     def __init__(self, work: Work) -> None:
         self.work = work
         self.done = False
+        self.here = False  # whether it is done by whoever asks for the result
         self.error: BaseException | None = None
         self.value: Any = None  # where it was copied early
         self.copied = False
@@ -163,10 +164,15 @@ class WorkerHandle:
 
 
 class ProcessCrew(Crew):
-    """Processes started afresh (never forked), which import nothing of the main script."""
+    """Processes started afresh (never forked), which import nothing of the main script.
 
-    def __init__(self, processes: int) -> None:
+    `help_while_starting`: as long as none has begun, whoever asks for a batch prepares it.
+    """
+
+    def __init__(self, processes: int, help_while_starting: bool = False) -> None:
         super().__init__(processes)
+        self._helping = help_while_starting
+        self._known: dict[int, Any] = {}  # values of shared constants, while this process helps
         self._pid = os.getpid()
         self._numbers = itertools.count(1)  # of leases
         self._serials = itertools.count(1)  # of workers
@@ -214,6 +220,7 @@ class ProcessCrew(Crew):
 
     def _replace(self, dead: WorkerHandle) -> None:
         """Put a new process in the place of a dead one, and give out again what it may have held."""
+        self._end_help()  # what has ended that one may end this one
         self._poll.unregister(dead.results)
         del self._workers[dead.results]
         dead.end()
@@ -306,6 +313,8 @@ class ProcessCrew(Crew):
 
     def result(self, lease: Lease, how: How = "lend") -> Any:
         with self._turn:
+            if lease.here or (self._helping and self._may_help(lease)):
+                self._do_here(lease)
             self._wait_until_done(lease)
             if not lease.copied and lease.error is None:
                 return self._read(lease, how)
@@ -325,6 +334,51 @@ class ProcessCrew(Crew):
         if failed:
             raise rebuild_error(self._arena.read(slot, place, length, how), lease.work)
         return self._arena.read(slot, place, length, how, worker.load)
+
+    def _may_help(self, lease: Lease) -> bool:
+        """Whether this process is to prepare a batch: nobody else can yet."""
+        if not self._reading:
+            self._read_results(0)
+        return self._helping and not lease.done and isinstance(lease.work, BatchCall)
+
+    def _end_help(self) -> None:
+        self._helping = False
+        self._known.clear()
+
+    def _do_here(self, lease: Lease) -> None:
+        """Do the work as a worker would. The lock is open meanwhile. After KeyboardInterrupt it can be done again."""
+        self._call_off(lease)
+        lease.here = True
+        slot, segment = self._arena.take()
+        place = length = 0
+        failed = complete = False
+        self._turn.release()
+        try:
+            length = len(lease.request)
+            segment.grow(HEADER_BYTES + length)
+            segment.memory[HEADER_BYTES : HEADER_BYTES + length] = lease.request
+            writer = SlotWriter(segment, worker.dump)
+            try:
+                with worker.in_place_of_a_worker(self._value_of):
+                    place, length = worker.fill(writer, length, self._value_of)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - as in a worker
+                place, length = worker.fill_error(writer, length, error)
+                failed = True
+            complete = True
+        finally:
+            self._turn.acquire()
+            if not complete:
+                self._arena.release(slot)
+        lease.filled, lease.here, lease.done = (slot, place, length, failed), False, True
+
+    def _value_of(self, number: int) -> Any:
+        """The value of a shared constant, as workers have it."""
+        if number not in self._known:
+            constant = self._constants[number]
+            _, self._known[number] = worker.load_constant(constant.segment, constant.place, constant.length)
+        return self._known[number]
 
     def _wait_until_done(self, lease: Lease) -> None:
         while not lease.done:
@@ -360,6 +414,7 @@ class ProcessCrew(Crew):
             if kind == worker.READY:
                 handle.began = True
                 self._false_starts = 0
+                self._end_help()
             else:
                 handle.reached = max(handle.reached, self._answered(slot))
                 self._take_answer(kind, number, slot, place, length)
@@ -483,6 +538,8 @@ def rebuild_error(description: dict[str, Any], work: Work) -> BaseException:
             error = None
     if not isinstance(error, BaseException):
         error = WorkerError(f"{description['type']}: {description['text']}")
-    error.add_note(f"Raised in worker process {description['pid']} by {work}.")
+    pid = description["pid"]
+    where = "this process, before its workers had begun," if pid == os.getpid() else f"worker process {pid}"
+    error.add_note(f"Raised in {where} by {work}.")
     error.add_note("The traceback there:\n" + description["traceback"].rstrip())
     return error

@@ -119,12 +119,16 @@ class WorkerProcessPool(AbstractWorkerPool):
     Batches come back in memory that is shared, without being pickled. A process that dies is replaced and its batches
     are prepared again; a batch whose process dies three times raises :class:`WorkerDied`. Needs joblib.
 
+    `help_while_starting`: as long as no process has begun (Python and numpy take a fifth of a second), whoever asks for
+    a batch prepares it: the first ones come as soon as without a pool. Not for functions that must not run in this
+    process, because they take memory that they keep, or may end it.
+
     The rows of a source that is nothing but numpy arrays are gathered by as many threads of this process (no more than
     it has processors). That is faster, and the arrays, which the processes would have to share, are there once.
     """
 
-    def __init__(self, processes: int = 1) -> None:
-        self._processes = ProcessCrew(at_least_one(processes, "processes"))
+    def __init__(self, processes: int = 1, *, help_while_starting: bool = False) -> None:
+        self._processes = ProcessCrew(at_least_one(processes, "processes"), help_while_starting)
         super().__init__(self._processes)
         self._threads: ThreadCrew | None = None
         self._making = threading.Lock()

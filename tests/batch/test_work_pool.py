@@ -459,6 +459,136 @@ class TestRows:
             assert len(pool._threads._threads) == min(3, len(os.sched_getaffinity(0)))
 
 
+def doubled_here(x, y):
+    return x * 2, y, np.array([os.getpid()])
+
+
+class Interrupted:
+    """An array-like that is interrupted when it is first read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.marker, os.O_CREAT | os.O_EXCL))
+            raise KeyboardInterrupt
+        return np.asarray(index)
+
+
+class TestHelpWhileStarting:
+    """Whoever asks for batches prepares them, until a process has begun."""
+
+    @pytest.fixture
+    def go(self, monkeypatch, tmp_path):
+        """A function that lets processes begin, which wait until then."""
+        path = tmp_path / "go"
+        waiting = f"import os, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.001)\n"
+        monkeypatch.setattr(process_crew.worker, "BOOTSTRAP", waiting + process_crew.worker.BOOTSTRAP)
+        return path.touch
+
+    @pytest.fixture
+    def helped(self, go):
+        with WorkerProcessPool(2, help_while_starting=True) as pool:
+            yield pool
+
+    @pytest.mark.parametrize("shuffle", ["seed", "RandomState"])
+    @pytest.mark.parametrize(
+        "source", ["array-like", "mapped", "mapped with noise", "mapped to dicts", "ragged, with texts"]
+    )
+    @pytest.mark.parametrize("copy", [True, False])
+    def test_the_batches_are_those_of_the_source(self, helped, source, shuffle, copy):
+        ds = SOURCES[source]()
+        expected = ds.batch_iterator(17, shuffle=SHUFFLES[shuffle]())
+        actual = helped.parallel_data_source(ds, 5, copy=copy).batch_iterator(17, shuffle=SHUFFLES[shuffle]())
+        assert_same_batches(expected, actual)
+        assert not any(handle.began for handle in helped._crew._workers.values())
+
+    def test_processes_take_over_when_they_have_begun(self, helped, go):
+        batches = helped.parallel_data_source(arrays(repeats=-1).map(doubled_here), 3).batch_iterator(10)
+        expected = arrays(repeats=-1).batch_iterator(10)
+        pids = []
+        deadline = time.monotonic() + DEADLINE
+        for (x, y), (doubled, labels, pid) in zip(expected, batches, strict=False):
+            np.testing.assert_array_equal(x * 2, doubled)
+            np.testing.assert_array_equal(y, labels)
+            pids.append(int(pid[0]))
+            if len(pids) == 5:
+                go()
+            if len(set(pids)) == 3 or time.monotonic() > deadline:
+                break
+        assert set(pids) == {os.getpid(), *worker_pids(helped)}
+        first = next(number for number, pid in enumerate(pids) if pid != os.getpid())
+        assert first >= 5
+        assert os.getpid() not in pids[first + 3 :]  # of those before, some may have been begun here
+
+    def test_the_global_generators_are_as_in_processes_and_untouched_here(self, helped, processes):
+        ds = arrays().map(global_noise)
+        expected = list(processes.parallel_data_source(ds, 5).batch_iterator(20, shuffle=3))
+        np.random.seed(1)
+        random.seed(1)
+        assert_same_batches(expected, helped.parallel_data_source(ds, 5).batch_iterator(20, shuffle=3))
+        drawn = np.random.random(), random.random()
+        np.random.seed(1)
+        random.seed(1)
+        assert drawn == (np.random.random(), random.random())
+
+    def test_the_source_is_as_it_was_when_the_iterator_was_made(self, helped):
+        data = np.zeros((20, 2))
+        batches = helped.parallel_data_source(ArrayDataSource([data]).map(as_it_is), 2).batch_iterator(10)
+        data[:] = 1
+        assert [x.max() for (x,) in batches] == [0, 0]
+
+    def test_an_error_says_where_it_was_and_the_rest_comes(self, helped):
+        batches = helped.parallel_data_source(ArrayDataSource([Unreadable(), Y]), 4).batch_iterator(20)
+        next(batches)
+        with pytest.raises(KeyError, match="no picture 25") as info:
+            next(batches)
+        notes = "\n".join(info.value.__notes__)
+        assert "Raised in this process, before its workers had begun, by batch 1 (sample indices [20" in notes
+        assert "__getitem__" in notes
+        assert len(list(batches)) == 9
+
+    def test_an_interrupted_batch_can_be_asked_for_again(self, helped, tmp_path):
+        ds = ArrayDataSource([Interrupted(str(tmp_path / "marker"))]).map(as_it_is)
+        batches = helped.parallel_data_source(ds, 2).batch_iterator(3)
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+        assert [x.tolist() for (x,) in batches] == [[0, 1, 2], [3, 4, 5]]
+
+    def test_shared_constants_in_the_source(self, helped):
+        constant = helped.shared_constant({"x": X})
+        ds = FunctionDataSource(partial(shared_rows, constant), 20)
+        batches = helped.parallel_data_source(ds, 2).batch_iterator(8)
+        np.testing.assert_array_equal(np.concatenate([x for (x,) in batches]), X[:20])
+        with pytest.raises(RuntimeError, match="tasks of its own pool only"):
+            process_crew.worker.constant(constant.number)
+
+    def test_tasks_are_left_to_processes(self, helped, go):
+        stream = helped.work_stream([(os.getpid,)] * 3)
+        go()
+        assert os.getpid() not in list(stream)
+
+    def test_when_a_process_has_ended_nothing_more_is_done_here(self, monkeypatch):
+        monkeypatch.setattr(process_crew.worker, "BOOTSTRAP", "raise SystemExit(7)")
+        with WorkerProcessPool(2, help_while_starting=True) as pool:
+            for handle in list(pool._crew._workers.values()):
+                handle.process.wait(DEADLINE)
+            with pytest.raises(WorkerDied, match="exit code 7 before it had"):
+                next(pool.parallel_data_source(arrays().map(doubled_here), 2).batch_iterator(10))
+
+    def test_nothing_is_left_of_what_was_done_here(self, helped):
+        parallel = helped.parallel_data_source(arrays().map(scale_in_place), 3)
+        for epoch in range(5):
+            list(parallel.batch_iterator(10, shuffle=1, epoch=epoch))
+        arena = helped._crew._arena
+        # Requests that no process has read about yet keep their slots; there are not more than that.
+        assert len(arena.slots) <= process_crew.MOST_SLOTS + 3 + arena.most_lent + 1
+
+
 class TestResume:
     @pytest.mark.parametrize("shuffle", SHUFFLES)
     @pytest.mark.parametrize("source", ["subset, repeated", "weighted", "composite", "choice", "mapped with noise"])
@@ -907,6 +1037,10 @@ class TestEnd:
 
 def shared_sum(constant, n):
     return float(constant["x"].sum()) + n
+
+
+def shared_rows(constant, indices):
+    return (constant["x"][indices],)
 
 
 def address_of(array):
