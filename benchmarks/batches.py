@@ -34,8 +34,11 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -395,6 +398,9 @@ def open_loader(name: str, task: Any, closing: contextlib.ExitStack) -> Callable
         pool = closing.enter_context(POOLS[name]())
         parallel = pool.parallel_data_source(task.source(), AHEAD)
         return lambda epoch: parallel.batch_iterator(size, shuffle=1, epoch=epoch)
+    if name == "bare threads":
+        executor = closing.enter_context(ThreadPoolExecutor(WORKERS))
+        return lambda epoch: bare_window(executor, task, epoch)
     if name == "mlqueue, one":
         source = task.source()
         return lambda epoch: source.batch_iterator(size, shuffle=1, epoch=epoch)
@@ -426,6 +432,23 @@ POOLS: dict[str, Callable[[], Any]] = {
 LOADERS = ("mlqueue processes", "mlqueue threads", "mlqueue, one", "BatchUp processes", "torch")
 
 
+def bare_window(executor: ThreadPoolExecutor, task: Any, epoch: int) -> Iterator[Any]:
+    """The least there is to do for two threads: the batches in order, so many ahead, each in memory of its own."""
+    order = np.random.RandomState(epoch).permutation(task.length)
+    starts, ahead = iter(range(0, task.length, task.batch_size)), deque[Any]()
+    try:
+        while True:
+            for start in islice(starts, AHEAD - len(ahead)):
+                ahead.append(executor.submit(task.load, order[start : start + task.batch_size]))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        for each in ahead:
+            each.cancel()
+        wait(ahead)
+
+
 def parallel(options: argparse.Namespace) -> None:
     images, rows = make_images(options.images_folder, options.images), []
     costs: list[dict[str, Any]] = []
@@ -434,7 +457,7 @@ def parallel(options: argparse.Namespace) -> None:
             continue  # pictures are for the pool of actors
         task = make_task(images)
         with contextlib.ExitStack() as closing:
-            loaders = {name: open_loader(name, task, closing) for name in LOADERS}
+            loaders = {name: open_loader(name, task, closing) for name in (*LOADERS, "bare threads")}
             epochs = iter(range(1_000_000))
 
             def measure(loader: Any, task: Any = task, epochs: Any = epochs) -> Rate:
@@ -456,6 +479,7 @@ def parallel(options: argparse.Namespace) -> None:
             for name in ("mlqueue processes", "mlqueue threads"):
                 if "torch" in found:
                     row[f"{name} x torch"] = found[name] / found["torch"]
+            row["mlqueue threads x bare"] = found["mlqueue threads"] / found["bare threads"]
             rows.append(row)
             cost = {name: processor_cost(each(next(epochs)), task) for name, each in loaders.items() if each}
             costs.append({"task": task_name, **cost})
