@@ -38,7 +38,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ except ImportError:
 
 SAMPLES, FEATURES = 60_000, 784
 BATCH_SIZES = (64, 256, 1024)
+#: So many epochs of arrays in memory at a time.
+EPOCHS = 5
 SIDE = 224
 #: Batches ahead in the parallel loaders: torch's default with two workers (prefetch_factor=2).
 AHEAD = 4
@@ -141,6 +143,25 @@ def shown(value: Any) -> str:
 # --- one thread, arrays in memory ---
 
 
+def random_state() -> np.random.RandomState:
+    return np.random.RandomState(1)
+
+
+def in_order() -> None:
+    return None
+
+
+def epochs(ds: Any, batch_size: int, shuffle: Callable[[], Any], **kwargs: bool) -> Rate:
+    """The rate over so many epochs one after the other, as a training has them: the first one finds a processor that
+    was idle, and memory that others have used."""
+
+    def measure() -> float:
+        passes = (ds.batch_iterator(batch_size, shuffle=shuffle(), **kwargs) for _ in range(EPOCHS))
+        return rate(chain.from_iterable(passes))
+
+    return measure
+
+
 def bare_loop(arrays: tuple[np.ndarray, np.ndarray], batch_size: int, shuffled: bool) -> Rate:
     """The least there is to do: the rows into one array that is used over and over."""
     slots = [np.empty((batch_size, *array.shape[1:]), array.dtype) for array in arrays]
@@ -148,7 +169,7 @@ def bare_loop(arrays: tuple[np.ndarray, np.ndarray], batch_size: int, shuffled: 
     def measure() -> float:
         order = np.random.RandomState(1).permutation(SAMPLES) if shuffled else None
         begun, count = time.perf_counter(), 0
-        for start in range(0, SAMPLES - batch_size + 1, batch_size):
+        for start in list(range(0, SAMPLES - batch_size + 1, batch_size)) * EPOCHS:
             for array, slot in zip(arrays, slots, strict=True):
                 if order is None:
                     np.copyto(slot, array[start : start + batch_size])
@@ -166,15 +187,12 @@ def memory(options: argparse.Namespace) -> None:
     theirs = batchup.data_source.ArrayDataSource(list(arrays)) if batchup else None
     for shuffled in (True, False):
         for batch_size in BATCH_SIZES:
-
-            def epoch(ds: Any, batch_size: int = batch_size, shuffled: bool = shuffled, **kwargs: bool) -> Rate:
-                shuffle = (lambda: np.random.RandomState(1)) if shuffled else lambda: None
-                return lambda: rate(ds.batch_iterator(batch_size, shuffle=shuffle(), **kwargs))
-
-            competitors = {"mlqueue": epoch(ours), "copy=False": epoch(ours, copy=False)}
+            shuffle = random_state if shuffled else in_order
+            competitors = {"mlqueue": epochs(ours, batch_size, shuffle)}
+            competitors["copy=False"] = epochs(ours, batch_size, shuffle, copy=False)
             competitors["bare numpy"] = bare_loop(arrays, batch_size, shuffled)
             if theirs is not None:
-                competitors["BatchUp"] = epoch(theirs)
+                competitors["BatchUp"] = epochs(theirs, batch_size, shuffle)
             found = compare(competitors, options.rounds * 3)
             row: dict[str, Any] = {"order": "shuffled" if shuffled else "in order", "batch": batch_size, **found}
             row["x bare numpy"] = found["mlqueue"] / found["bare numpy"]
@@ -203,7 +221,7 @@ def bare_threads(arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> Rate
 
         def work(worker: int) -> None:
             starts = range(worker * group, SAMPLES - group + 1, WORKERS * group)
-            for number, start in enumerate(starts):
+            for number, start in enumerate(list(starts) * EPOCHS):
                 for array, slot in zip(arrays, slots[worker][number % 2], strict=True):
                     np.take(array, order[start : start + group], axis=0, out=slot, mode="clip")
 
@@ -212,7 +230,7 @@ def bare_threads(arrays: tuple[np.ndarray, np.ndarray], batch_size: int) -> Rate
             worker.start()
         for worker in workers:
             worker.join()
-        return SAMPLES // group * (group // batch_size) / (time.perf_counter() - begun)
+        return EPOCHS * (SAMPLES // group) * (group // batch_size) / (time.perf_counter() - begun)
 
     return measure
 
@@ -224,14 +242,11 @@ def threads(options: argparse.Namespace) -> None:
     with work_pool.WorkerThreadPool(WORKERS) as pool:
         parallel = pool.parallel_data_source(ours, 2 * AHEAD)
         for batch_size in BATCH_SIZES:
-
-            def epoch(ds: Any, batch_size: int = batch_size) -> Rate:
-                return lambda: rate(ds.batch_iterator(batch_size, shuffle=np.random.RandomState(1)))
-
-            competitors = {"2 threads": epoch(parallel), "one": epoch(ours)}
+            competitors = {"2 threads": epochs(parallel, batch_size, random_state)}
+            competitors["one"] = epochs(ours, batch_size, random_state)
             competitors["bare numpy, 2 threads"] = bare_threads(arrays, batch_size)
             if theirs is not None:
-                competitors["BatchUp, one"] = epoch(theirs)
+                competitors["BatchUp, one"] = epochs(theirs, batch_size, random_state)
             found = compare(competitors, options.rounds * 3)
             row: dict[str, Any] = {"batch": batch_size, **found, "x one": found["2 threads"] / found["one"]}
             row["x bare numpy"] = found["2 threads"] / found["bare numpy, 2 threads"]
