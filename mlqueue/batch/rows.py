@@ -246,7 +246,7 @@ class Gatherer:
 
 
 def rows_at_once(length: int, row_bytes: int) -> int:
-    """How many of so many rows to copy at once: as many each time, of :data:`COPIED_AT_ONCE` bytes or a little more."""
+    """How many of so many rows to copy at once: each time as many, up to :data:`COPIED_AT_ONCE` bytes and a row."""
     parts = min(length, -(-length * row_bytes // COPIED_AT_ONCE))
     return -(-length // max(1, parts))
 
