@@ -136,17 +136,19 @@ class WorkerProcessPool(AbstractWorkerPool):
     def _crew_for(self, ds: AbstractDataSource) -> Crew:
         if not takes_rows(ds):
             return self._processes
-        self._processes.check_usable()
         with self._making:
+            self._processes.check_usable()
             if self._threads is None:
                 self._threads = ThreadCrew(min(self._processes.workers, processors()))
             return self._threads
 
     def close(self) -> None:
-        super().close()
-        with self._making:
-            if self._threads is not None:
-                self._threads.close()
+        try:
+            super().close()
+        finally:
+            with self._making:
+                if self._threads is not None:
+                    self._threads.close()
 
 
 class Window(Generic[T]):
