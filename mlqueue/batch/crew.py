@@ -199,6 +199,7 @@ class ThreadCrew(Crew):
         return lease
 
     def result(self, lease: ThreadLease, how: How = "lend") -> Any:
+        check_owner(self._pid, "threads")
         lease.ready.acquire()
         lease.ready.release()
         if lease.error is not None:

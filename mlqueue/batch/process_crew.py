@@ -173,7 +173,6 @@ class ProcessCrew(Crew):
         super().__init__(processes)
         self._helping = help_while_starting
         self._known: dict[int, Any] = {}  # values of shared constants, while this process helps
-        self._one_here = threading.Lock()
         self._pid = os.getpid()
         self._numbers = itertools.count(1)  # of leases
         self._serials = itertools.count(1)  # of workers
@@ -314,9 +313,11 @@ class ProcessCrew(Crew):
 
     def result(self, lease: Lease, how: How = "lend") -> Any:
         with self._turn:
-            if lease.here or (self._helping and self._may_help(lease)):
-                self._do_here(lease)
-            self._wait_until_done(lease)
+            if not lease.done:
+                self.check_usable()  # before anything is read: what a forked process reads its owner does not get
+                if lease.here or (self._helping and self._may_help(lease)):
+                    self._do_here(lease)
+                self._wait_until_done(lease)
             if not lease.copied and lease.error is None:
                 return self._read(lease, how)
             if lease.error is not None:
@@ -348,14 +349,13 @@ class ProcessCrew(Crew):
 
     def _do_here(self, lease: Lease) -> None:
         """Do the work as a worker would. The lock is open meanwhile. After KeyboardInterrupt it can be done again."""
+        lease.here = True  # first: called off and not marked, nobody would ever do it
         self._call_off(lease)
-        lease.here = True
         slot, segment = self._arena.take()
         filled: tuple[int, int, bool] | None = None
         self._turn.release()
         try:
-            with self._one_here:  # each seeds the global generators for itself
-                filled = self._fill(segment, lease.request)
+            filled = self._fill(segment, lease.request)
         except OSError:
             self.check_usable()  # when it is closed its memory has gone
             raise
@@ -363,6 +363,8 @@ class ProcessCrew(Crew):
             self._turn.acquire()
             if filled is None:
                 self._arena.release(slot)
+            if not (self._helping and self._stop.alive):
+                self._known.clear()  # made while the help ended
         self.check_usable()
         lease.filled, lease.here, lease.done = (slot, *filled), False, True
 
@@ -377,14 +379,19 @@ class ProcessCrew(Crew):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001 - as in a worker
+            trace = error.__traceback__
+            error.__traceback__ = trace and trace.tb_next  # without this frame it begins as a worker's does
             return *worker.fill_error(writer, len(request), error), True
 
     def _value_of(self, number: int) -> Any:
         """The value of a shared constant, as workers have it."""
-        if number not in self._known:
+        try:
+            return self._known[number]
+        except KeyError:
             constant = self._constants[number]
-            _, self._known[number] = worker.load_constant(constant.segment, constant.place, constant.length)
-        return self._known[number]
+        _, value = worker.load_constant(constant.segment, constant.place, constant.length)
+        self._known[number] = value
+        return value
 
     def _wait_until_done(self, lease: Lease) -> None:
         while not lease.done:
@@ -488,6 +495,7 @@ class ProcessCrew(Crew):
             lease.done = True
         while self._forgotten:
             number = self._forgotten.popleft()
+            self._known.pop(number, None)
             for handle in self._workers.values():
                 handle.tell(worker.FORGET, number)
 
@@ -500,6 +508,7 @@ class ProcessCrew(Crew):
     def close(self) -> None:
         with self._turn:
             self._stop()
+            self._end_help()
             for lease in self._leases.values():
                 lease.done = True
             self._leases.clear()

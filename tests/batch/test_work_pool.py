@@ -506,6 +506,11 @@ class TestHelpWhileStarting:
         return path.touch
 
     @pytest.fixture
+    def stack(self):
+        with contextlib.ExitStack() as stack:
+            yield stack
+
+    @pytest.fixture
     def helped(self, go):
         with WorkerProcessPool(2, help_while_starting=True) as pool:
             yield pool
@@ -565,6 +570,7 @@ class TestHelpWhileStarting:
         notes = "\n".join(info.value.__notes__)
         assert "Raised in this process, before its workers had begun, by batch 1 (sample indices [20" in notes
         assert "__getitem__" in notes
+        assert not any(module in notes for module in ("pool_worker.py", "process_crew.py"))
         assert len(list(batches)) == 9
 
     def test_an_interrupted_batch_can_be_asked_for_again(self, helped, tmp_path):
@@ -616,11 +622,13 @@ class TestHelpWhileStarting:
         assert not waiting.is_alive()
         assert "the pool is closed" in raised[0]
 
-    def test_two_that_ask_at_once_do_not_share_the_global_generators(self, helped):
+    @pytest.mark.parametrize("pools", [1, 2])
+    def test_two_that_ask_at_once_do_not_share_the_global_generators(self, helped, stack, pools):
         expected, given = {}, {}
+        other = helped if pools == 1 else stack.enter_context(WorkerProcessPool(1, help_while_starting=True))
 
         def iterate(seed):
-            parallel = helped.parallel_data_source(arrays().map(slow_noise), 3)
+            parallel = (helped if seed == 1 else other).parallel_data_source(arrays().map(slow_noise), 3)
             given[seed] = list(parallel.batch_iterator(50, shuffle=seed))
 
         for seed in (1, 2):
@@ -633,6 +641,22 @@ class TestHelpWhileStarting:
             consumer.join(DEADLINE)
         for seed in (1, 2):
             assert_same_batches(expected[seed], given[seed])
+
+    def test_a_function_may_make_such_a_pool_of_its_own(self, helped):
+        def inner(indices):
+            with WorkerProcessPool(1, help_while_starting=True) as pool:
+                return next(pool.parallel_data_source(arrays().map(scale_in_place)).batch_iterator(len(indices)))
+
+        (batch,) = helped.parallel_data_source(FunctionDataSource(inner, 5)).batch_iterator(5)
+        assert_same(next(arrays().map(scale_in_place).batch_iterator(5)), batch)
+
+    def test_a_source_is_kept_for_help_no_longer_than_it_is_needed(self, helped):
+        for _ in range(3):
+            next(helped.parallel_data_source(arrays().map(as_it_is), 3).batch_iterator(10))
+            gc.collect()
+        assert 1 <= len(helped._crew._known) <= 2  # the one before was let go of when there was next to do
+        helped.close()
+        assert not helped._crew._known
 
     def test_nothing_is_left_of_what_was_done_here(self, helped):
         parallel = helped.parallel_data_source(arrays().map(scale_in_place), 3)
@@ -1079,6 +1103,45 @@ class TestEnd:
         kind = {"Process": "processes", "Thread": "threads"}[kind]
         error = f"a pool of {kind} belongs to the process that made it; make one after the fork."
         assert out.splitlines() == [error, error, "4 [0, 1, 2]"]
+
+    def test_what_was_begun_before_a_fork_is_the_owners(self):
+        out = output_of("""
+        import fcntl, os, termios, threading, time, warnings
+        import numpy as np
+        from mlqueue.batch import process_crew
+        from mlqueue.batch.data_source import FunctionDataSource
+        from mlqueue.batch.work_pool import WorkerProcessPool, WorkerThreadPool
+        go = threading.Event()
+        def wait(indices):
+            go.wait(10)
+            return (indices,)
+        threads, processes = WorkerThreadPool(1), WorkerProcessPool(1, help_while_starting=True)
+        task = processes.work_stream([(pow, (2, 2))])
+        sources = threads.parallel_data_source(FunctionDataSource(wait, 3), 3), processes.parallel_data_source(
+            FunctionDataSource(lambda indices: (indices,), 3), 3)
+        batches = [source.batch_iterator(1) for source in sources]
+        # Until the process has begun, and has answered all four: nobody has read of it.
+        (results,), size = processes._crew._workers, 5 * process_crew.worker.RESULT.size
+        deadline = time.monotonic() + 10
+        while int.from_bytes(fcntl.ioctl(results, termios.FIONREAD, bytes(4)), "little") < size:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        warnings.simplefilter("ignore")
+        pid = os.fork()
+        if pid == 0:
+            for each in batches:
+                try:
+                    next(each)
+                except RuntimeError as error:
+                    print(error, flush=True)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        go.set()
+        print(next(task), [[rows.tolist() for (rows,) in each] for each in batches])
+        """)
+        error = "a pool of {} belongs to the process that made it; make one after the fork."
+        given = [[0], [1], [2]]
+        assert out.splitlines() == [error.format("threads"), error.format("processes"), f"4 {[given, given]}"]
 
     def test_importing_needs_numpy_only(self):
         out = output_of("""
