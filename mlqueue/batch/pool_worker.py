@@ -262,7 +262,7 @@ def seeded_key(index_batch: Any) -> Key | None:
 
 def seed_global(key: Key) -> None:
     """Seed the global generators of numpy and of Python for one batch, so that it is the same whoever prepares it."""
-    # Imported here: who only takes rows of arrays does without them, and is sooner ready.
+    # Imported here: a worker is sooner ready.
     import hashlib
     import random
 

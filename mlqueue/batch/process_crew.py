@@ -366,7 +366,7 @@ class ProcessCrew(Crew):
             if not (self._helping and self._stop.alive):
                 self._known.clear()  # made while the help ended
         self.check_usable()
-        lease.filled, lease.here, lease.done = (slot, *filled), False, True
+        lease.filled, lease.done = (slot, *filled), True
 
     def _fill(self, segment: Segment, request: bytes) -> tuple[int, int, bool]:
         """Place and length of the result's description in a slot, and whether it is an error."""

@@ -579,6 +579,7 @@ class TestHelpWhileStarting:
         with pytest.raises(KeyboardInterrupt):
             next(batches)
         assert [x.tolist() for (x,) in batches] == [[0, 1, 2], [3, 4, 5]]
+        assert helped._crew._arena.busy == 2  # the requests; what was interrupted has left its slot
 
     def test_shared_constants_in_the_source(self, helped):
         constant = helped.shared_constant({"x": X})
