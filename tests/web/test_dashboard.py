@@ -511,10 +511,25 @@ def test_selected_dead_letters_are_put_back_or_forgotten(mlq: MLQ, visitor: Visi
     mlq.store.pause("default")
     assert "Back in the queue: 1." in visitor.post("/dead/letters", id=ids[0], act="requeue").text
     assert f'action="{PREFIX}/dead/letters?actor=read"' in visitor.page("/dead/letters?actor=read")
-    answer = visitor.post("/dead/letters?actor=read", id=ids, act="purge")
+    asks = visitor.post("/dead/letters?actor=read", id=ids[1:], act="purge").text
+    assert "Forget these 2 dead letters?" in asks
+    assert ids[1:] == re.findall(r'name="id" value="([^"]*)"', asks)
+    assert 2 == mlq.dead_letters.count()
+    answer = visitor.post("/dead/letters?actor=read", id=ids, act="purge", sure="yes")
     assert "Forgotten: 2." in answer.text
     assert "read" == answer.request.args["actor"]
     assert State.QUEUED is mlq.store.record(ids[0]).state
+
+
+def test_a_dead_letter_is_forgotten_when_that_is_meant(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:
+    [job_id] = dies(mlq, start_worker, "a")
+    assert "That cannot be undone." in visitor.post(f"/dead/{job_id}", act="purge").text
+    assert State.DEAD is mlq.store.record(job_id).state
+    assert "Forgotten: 1." in visitor.post(f"/dead/{job_id}", act="purge", sure="yes").text
+    # In another tab it is still there.
+    for act in ("purge", "requeue"):
+        answer = visitor.post(f"/dead/{job_id}", act=act)
+        assert (404, True) == (answer.status_code, "It is not there" in answer.text)
 
 
 def test_dead_letters_are_exported(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:

@@ -221,7 +221,7 @@ def _refusal(visit: Visit, error: MLQueueError) -> Response:
     return response
 
 
-def _wanted(visit: Visit) -> dict[str, str]:
+def _wanted(visit: Visit) -> dict[str, Any]:
     """The page to come back to after signing in, unless it is the one that comes anyway."""
     if visit.request.method != "GET":
         return {}

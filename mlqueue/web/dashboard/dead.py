@@ -200,9 +200,13 @@ def change_dead_letters(visit: Visit) -> Response:
     """Put those back that were selected, or forget them."""
     ids, act = visit.request.form.getlist("id")[:1000], visit.field("act")
     # Back to the same view: the address of the form has its filters and its place.
-    view = {name: visit.request.args[name] for name in VIEW if visit.request.args.get(name)}
+    view: dict[str, Any] = {name: visit.request.args[name] for name in VIEW if visit.request.args.get(name)}
     if not ids:
         return visit.go("list_dead_group", "nothing", **view)
+    if act == "purge" and not visit.is_sure():
+        what = "this dead letter" if len(ids) == 1 else f"these {len(ids):,} dead letters"
+        question, back = f"Forget {what}? That cannot be undone.", visit.url("list_dead_group", **view)
+        return visit.ask_whether_sure(question, "Forget", {"id": ids, "act": act}, back)
     letters = visit.mlq.dead_letters
     visit.note(f"{act} dead letters", ", ".join(ids))
     if act == "purge":
@@ -266,6 +270,11 @@ def mend_dead_letter(visit: Visit, job_id: str) -> Response:
     """Put it back, with the arguments that the form has; or forget it."""
     letters = visit.mlq.dead_letters
     if visit.field("act") == "purge":
+        if not visit.is_sure():
+            died = letters.show(job_id).record
+            question = f"Forget {job_id} of {died.actor}, with its arguments? That cannot be undone."
+            back = visit.url("show_dead_letter", job_id=job_id)
+            return visit.ask_whether_sure(question, "Forget it", {"act": "purge"}, back)
         visit.note("purge dead letters", job_id)
         return visit.go("list_dead_letters", "purged", letters.purge(job_id))
     letter = letters.show(job_id)
