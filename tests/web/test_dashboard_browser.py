@@ -229,13 +229,14 @@ def test_a_job_is_followed_where_there_are_no_streams(look: Look, page: Any) -> 
 def test_a_job_is_followed_where_its_stream_does_not_come_back(look: Look, page: Any) -> None:
     job = look.mlq.submit("train", 0.01, 400, 40.0)
     page.goto(f"{look.url}/jobs/{job.id}")
-    becomes(page, "document.querySelector('#logs-panel pre').textContent.includes('epoch 1: loss')")
+    points = "(document.querySelector('[data-name=loss] .line')?.getAttribute('d') || '').split(' ').length"
+    becomes(page, f"{points} > 3")
     # As a proxy answers whose server is started anew.
-    page.route("**/events", lambda route: route.fulfill(status=502, body=""))
-    look.cut()
-    becomes(page, "document.getElementById('live').classList.contains('off')")
-    told = look.mlq.store.log(job.id).next
-    becomes(page, f"document.querySelectorAll('#logs-panel .l').length > {told + 5}")
+    with page.expect_response("**/events", timeout=PATIENCE_MS):
+        page.route("**/events", functools.partial(refused, 502))
+        look.cut()
+    drawn = page.evaluate(points)
+    becomes(page, f"{points} > {drawn + 30}")
     job.cancel()
 
 
