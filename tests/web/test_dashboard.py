@@ -8,12 +8,14 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import flask
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
 from support import StartWorker, eventually
+from werkzeug.test import EnvironBuilder
 
 from mlqueue import MLQ, Result, Settings, State, current_job, web
 from mlqueue.errors import SettingsError
@@ -422,6 +424,24 @@ def test_selected_jobs_are_cancelled_and_retried(mlq: MLQ, visitor: Visitor) -> 
     assert ids[0] in page
 
 
+def test_who_changes_jobs_of_a_view_stays_in_it(mlq: MLQ, visitor: Visitor) -> None:
+    for _ in range(51):
+        job = mlq.submit("mine", tags=["night shift"])
+    mlq.submit("other")
+    for view in ("?actor=mine&tag=night+shift&state=queued&state=cancelled", "?actor=mine", ""):
+        html = visitor.page(f"/jobs{view}")
+        older = re.search(r'href="([^"]*)">Older', html)
+        assert older is not None
+        for path in (f"{PREFIX}/jobs{view}", older[1].replace("&amp;", "&")):
+            html = visitor.page(path.removeprefix(PREFIX))
+            form = re.search(r'method="post" action="([^"]*)" data-select', html)
+            assert form is not None
+            answer = visitor.post(form[1].replace("&amp;", "&").removeprefix(PREFIX), id=job.id, act="cancel")
+            asked = {name: answer.request.args.getlist(name) for name in answer.request.args}
+            given = EnvironBuilder(path).get_request().args.to_dict(flat=False)
+            assert {name: asked[name] for name in asked if name not in ("told", "n")} == given
+
+
 def test_one_job_is_cancelled_and_retried(mlq: MLQ, visitor: Visitor) -> None:
     job = mlq.submit("a")
     visitor.post(f"/jobs/{job.id}/cancel")
@@ -490,8 +510,26 @@ def test_selected_dead_letters_are_put_back_or_forgotten(mlq: MLQ, visitor: Visi
     assert all(job_id in visitor.page("/dead/letters?actor=read") for job_id in ids)
     mlq.store.pause("default")
     assert "Back in the queue: 1." in visitor.post("/dead/letters", id=ids[0], act="requeue").text
-    assert "Forgotten: 2." in visitor.post("/dead/letters", id=ids, act="purge").text
+    assert f'action="{PREFIX}/dead/letters?actor=read"' in visitor.page("/dead/letters?actor=read")
+    asks = visitor.post("/dead/letters?actor=read", id=ids[1:], act="purge").text
+    assert "Forget these 2 dead letters?" in asks
+    assert ids[1:] == re.findall(r'name="id" value="([^"]*)"', asks)
+    assert 2 == mlq.dead_letters.count()
+    answer = visitor.post("/dead/letters?actor=read", id=ids, act="purge", sure="yes")
+    assert "Forgotten: 2." in answer.text
+    assert "read" == answer.request.args["actor"]
     assert State.QUEUED is mlq.store.record(ids[0]).state
+
+
+def test_a_dead_letter_is_forgotten_when_that_is_meant(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:
+    [job_id] = dies(mlq, start_worker, "a")
+    assert "That cannot be undone." in visitor.post(f"/dead/{job_id}", act="purge").text
+    assert State.DEAD is mlq.store.record(job_id).state
+    assert "Forgotten: 1." in visitor.post(f"/dead/{job_id}", act="purge", sure="yes").text
+    # In another tab it is still there.
+    for act in ("purge", "requeue"):
+        answer = visitor.post(f"/dead/{job_id}", act=act)
+        assert (404, True) == (answer.status_code, "It is not there" in answer.text)
 
 
 def test_dead_letters_are_exported(mlq: MLQ, visitor: Visitor, start_worker: StartWorker) -> None:
@@ -585,6 +623,28 @@ def test_one_signs_in_with_a_key_and_out_again(mlq: MLQ, keys: ApiKeys) -> None:
     visitor.sign_in(token)
     keys.revoke(key.id)
     assert 303 == visitor.get("/").status_code
+
+
+def test_who_signs_in_comes_to_the_page_that_was_asked_for(mlq: MLQ, keys: ApiKeys) -> None:
+    visitor = Visitor(hosting(mlq, web.keys(mlq)))
+    token, _ = keys.new("read")
+    visitor.get("/sign-in")
+    for path in ("/jobs?actor=mine&tag=n%C3%A4chtlich&name=x&_scheme=y", "/queues"):
+        asked = visitor.get(path).headers["Location"].removeprefix(PREFIX)
+        assert "not valid" in visitor.post(asked, key="mlq_0_0").text
+        answer = visitor.post(asked, key=token)
+        assert PREFIX + path == answer.request.full_path.rstrip("?")
+        visitor.post("/sign-out")
+    for elsewhere in (
+        "//evil.example/ui/",
+        "https://evil.example/",
+        f"{PREFIX}/\\evil",
+        "/elsewhere",
+        f"{PREFIX}/\r\nA: b",
+    ):
+        answer = visitor.post(f"/sign-in?{urlencode({'next': elsewhere})}", key=token)
+        assert (200, f"{PREFIX}/") == (answer.status_code, answer.request.path), elsewhere
+        visitor.post("/sign-out")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ at all three widths, else at one of them."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -223,6 +224,65 @@ def test_a_job_is_followed_where_there_are_no_streams(look: Look, page: Any) -> 
     mark(page)
     page.wait_for_selector(".acts .chip.succeeded")
     assert is_the_same_page(page)
+
+
+def test_a_job_is_followed_where_its_stream_does_not_come_back(look: Look, page: Any) -> None:
+    job = look.mlq.submit("train", 0.01, 400, 40.0)
+    page.goto(f"{look.url}/jobs/{job.id}")
+    points = "(document.querySelector('[data-name=loss] .line')?.getAttribute('d') || '').split(' ').length"
+    becomes(page, f"{points} > 3")
+    # As a proxy answers whose server is started anew.
+    with page.expect_response("**/events", timeout=PATIENCE_MS):
+        page.route("**/events", functools.partial(refused, 502))
+        look.cut()
+    drawn = page.evaluate(points)
+    becomes(page, f"{points} > {drawn + 30}")
+    job.cancel()
+
+
+def test_the_focus_stays_where_it_is_while_others_come_and_go(look: Look, page: Any) -> None:
+    look.mlq.store.pause("b-first")
+    look.mlq.store.pause("c-second")
+    page.goto(f"{look.url}/queues")
+    page.focus("[aria-label='Queue c-second'] button:text-is('Resume')")
+    focus = "document.activeElement.closest('section')?.getAttribute('aria-label')"
+    look.mlq.store.pause("a-new")
+    page.wait_for_selector("[aria-label='Queue a-new']")
+    assert "Queue c-second" == page.evaluate(focus)
+    for name in ("a-new", "b-first"):
+        look.mlq.store.resume(name)
+    page.wait_for_selector("[aria-label='Queue b-first']", state="detached")
+    assert "Queue c-second" == page.evaluate(focus)
+    page.keyboard.press("Enter")
+    assert "Resumed." in page.inner_text("[role=status]")
+    assert "c-second" not in look.mlq.store.paused()
+
+
+def test_long_names_make_no_page_wider_than_the_screen(chromium: Any, look: Look) -> None:
+    job = look.mlq.submit("n" * 100, 1, {"k" * 120: ["v" * 2000]}, queue_name="q" * 100, tags=["t" * 60])
+    tab = opened(chromium, viewport={"width": 390, "height": 900})
+    for path in (f"/jobs/{job.id}", "/", "/jobs", "/queues"):
+        tab.page.goto(look.url + path)
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert 0 >= tab.page.evaluate(wide), path
+    tab.page.context.close()
+    job.cancel()
+
+
+def refused(status: int, route: Any) -> None:
+    route.fulfill(status=status, body="")
+
+
+def test_a_page_says_why_it_is_not_live(look: Look, page: Any) -> None:
+    page.goto(f"{look.url}/queues")
+    becomes(page, "document.getElementById('live').textContent.includes('live')")
+    for status, said in ((502, "no answer"), (404, "gone"), (401, "signed out")):
+        page.route("**/queues", functools.partial(refused, status))
+        look.cut()
+        becomes(page, f"document.getElementById('live').textContent.includes('{said}')")
+        page.unroute("**/queues")
+        page.reload()
+        becomes(page, "document.getElementById('live').textContent.includes('live')")
 
 
 def test_the_list_moves_in_place_and_keeps_what_was_selected(look: Look, page: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from flask import Blueprint, Response, abort, request, send_file
 from werkzeug.exceptions import HTTPException
+from werkzeug.urls import iri_to_uri
 
 from ...app import MLQ
 from ...errors import InvalidJob, MLQueueError, SettingsError, StoreError, Unauthorized
@@ -32,6 +33,9 @@ from .visit import Visit, with_cookies
 __all__ = ["create_dashboard"]
 
 logger = logging.getLogger("mlqueue.web.dashboard")
+
+#: The longest address of a page that one comes back to after signing in.
+LONGEST_ADDRESS: Final = 2000
 
 #: The largest form that is taken, in bytes, unless another bound is given.
 MAX_BODY: Final = 2**20
@@ -207,7 +211,7 @@ def _answer(page: Operation, visit: Visit, values: dict[str, Any]) -> Response:
 def _refusal(visit: Visit, error: MLQueueError) -> Response:
     """The page that an error turns into; that to sign in, where it is for want of a key."""
     if isinstance(error, Unauthorized) and visit.keys is not None:
-        return visit.go("show_sign_in")
+        return visit.go("show_sign_in", **_wanted(visit))
     if error.status >= 500:
         level = logging.WARNING if isinstance(error, StoreError) else logging.ERROR
         logger.log(level, "%s %s: %s: %s", visit.request.method, visit.request.path, type(error).__name__, error)
@@ -215,6 +219,14 @@ def _refusal(visit: Visit, error: MLQueueError) -> Response:
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = challenge(visit.mount.hooks)
     return response
+
+
+def _wanted(visit: Visit) -> dict[str, Any]:
+    """The page to come back to after signing in, unless it is the one that comes anyway."""
+    if visit.request.method != "GET":
+        return {}
+    wanted = iri_to_uri(visit.request.root_path + visit.request.full_path).rstrip("?")
+    return {} if wanted == visit.url("show_overview") or len(wanted) > LONGEST_ADDRESS else {"next": wanted}
 
 
 def _guarded(operation: Operation, view: Callable[..., Response]) -> Callable[..., Response]:

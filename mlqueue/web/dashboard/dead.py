@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -35,6 +36,9 @@ __all__ = [
 LOOKS: Final = 500
 PAGE: Final = 50
 
+#: What the address of a list of them has.
+VIEW: Final = ("actor", "reason", "queue", "text", "pattern", "cursor")
+
 #: The longest text that an argument is edited as, in characters.
 MOST_TEXT: Final = 100_000
 
@@ -58,6 +62,11 @@ class Group:
     count: int = 0
     first: float = 0.0
     last: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others of a page, however they are ordered."""
+        return hashlib.sha256("\0".join((self.actor, self.reason, self.pattern)).encode()).hexdigest()[:16]
 
 
 Key = tuple[str, str, str]
@@ -182,20 +191,27 @@ def list_dead_group(visit: Visit) -> Response:
     records = visit.store.records([place.id for place, _ in found])
     letters = [record for record in records if record is not None and record.state is State.DEAD]
     query = {name: str(value) for name, value in filters.items()} | ({"pattern": pattern} if pattern else {})
-    return visit.page("dead_group", letters=letters, cursor=_cursor(following), filters=query)
+    here = query | ({"cursor": visit.asked("cursor")} if visit.asked("cursor") else {})
+    return visit.page("dead_group", letters=letters, cursor=_cursor(following), filters=query, here=here)
 
 
 @operation("POST", "/dead/letters", scope=ADMIN, tag="pages", answers={})
 def change_dead_letters(visit: Visit) -> Response:
     """Put those back that were selected, or forget them."""
     ids, act = visit.request.form.getlist("id")[:1000], visit.field("act")
+    # Back to the same view: the address of the form has its filters and its place.
+    view: dict[str, Any] = {name: visit.request.args[name] for name in VIEW if visit.request.args.get(name)}
     if not ids:
-        return visit.go("list_dead_group", "nothing")
+        return visit.go("list_dead_group", "nothing", **view)
+    if act == "purge" and not visit.is_sure():
+        what = "this dead letter" if len(ids) == 1 else f"these {len(ids):,} dead letters"
+        question, back = f"Forget {what}? That cannot be undone.", visit.url("list_dead_group", **view)
+        return visit.ask_whether_sure(question, "Forget", {"id": ids, "act": act}, back)
     letters = visit.mlq.dead_letters
     visit.note(f"{act} dead letters", ", ".join(ids))
     if act == "purge":
-        return visit.go("list_dead_group", "purged", letters.purge(ids))
-    return visit.go("list_dead_group", "requeued", len(letters.requeue_many(ids)))
+        return visit.go("list_dead_group", "purged", letters.purge(ids), **view)
+    return visit.go("list_dead_group", "requeued", len(letters.requeue_many(ids)), **view)
 
 
 # One, to be mended
@@ -254,6 +270,11 @@ def mend_dead_letter(visit: Visit, job_id: str) -> Response:
     """Put it back, with the arguments that the form has; or forget it."""
     letters = visit.mlq.dead_letters
     if visit.field("act") == "purge":
+        if not visit.is_sure():
+            died = letters.show(job_id).record
+            question = f"Forget {job_id} of {died.actor}, with its arguments? That cannot be undone."
+            back = visit.url("show_dead_letter", job_id=job_id)
+            return visit.ask_whether_sure(question, "Forget it", {"act": "purge"}, back)
         visit.note("purge dead letters", job_id)
         return visit.go("list_dead_letters", "purged", letters.purge(job_id))
     letter = letters.show(job_id)

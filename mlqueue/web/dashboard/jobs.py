@@ -38,6 +38,9 @@ MOST_CHILDREN: Final = 1000
 #: What `since` may be: names of ages, in seconds.
 AGES: Final = {"5m": 300, "1h": 3600, "6h": 21600, "1d": 86400, "7d": 604800}
 
+#: What the address of a view has.
+VIEW: Final = ("actor", "queue", "tag", "since", "text", "state", "until", "cursor")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
@@ -157,13 +160,15 @@ def _errors(visit: Visit, records: list[JobRecord]) -> dict[str, str]:
 def change_jobs(visit: Visit) -> Response:
     """Cancel or retry those that were selected."""
     ids, act = visit.request.form.getlist("id")[:1000], visit.field("act")
+    # Back to the same view: the address of the form has its filters and its place.
+    view: dict[str, Any] = {name: visit.request.args.getlist(name) for name in VIEW if name in visit.request.args}
     if not ids:
-        return visit.go("list_jobs", "nothing")
+        return visit.go("list_jobs", "nothing", **view)
     if act == "retry":
         visit.note("retry", ", ".join(ids))
-        return visit.go("list_jobs", "retried", sum(_retried(visit, job_id) for job_id in ids))
+        return visit.go("list_jobs", "retried", sum(_retried(visit, job_id) for job_id in ids), **view)
     visit.note("cancel", ", ".join(ids))
-    return visit.go("list_jobs", "cancelled", sum(_cancelled(visit, job_id) for job_id in ids))
+    return visit.go("list_jobs", "cancelled", sum(_cancelled(visit, job_id) for job_id in ids), **view)
 
 
 def _cancelled(visit: Visit, job_id: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from flask import Response
 
 from ..operation import operation
@@ -18,11 +20,14 @@ def show_sign_in(visit: Visit) -> Response:
 
 @operation("POST", "/sign-in", scope=None, tag="pages", answers={})
 def sign_in(visit: Visit) -> Response:
-    """Take a key: the browser keeps it, where no script of a page can read it."""
+    """Take a key: the browser keeps it, where no script of a page can read it. Then comes what was asked for first."""
     token = visit.request.form.get("key", "").strip()[:300]
     if visit.keys is None or visit.keys.principal_of(token) is None:
         return visit.page("sign_in", 403, wrong=True)
     visit.keep_key(token)
+    wanted = visit.request.args.get("next", "")
+    if wanted.startswith(visit.url("show_overview")) and re.fullmatch(r"/(?!/)[!-\[\]-~]*", wanted):
+        return Response(status=303, headers={"Location": wanted})  # a page of this dashboard, and no other site's
     return visit.go("show_overview")
 
 

@@ -189,7 +189,7 @@ class Visit(Call):
         return Response(html, status, content_type="text/html; charset=utf-8")
 
     def ask_whether_sure(self, question: str, act: str, fields: Mapping[str, Any], back: str) -> Response:
-        """A page that asks whether that is meant: it sends the same form once more."""
+        """A page that asks whether that is meant: it sends the same form once more, lists as fields of one name."""
         return self.page("sure", question=question, act=act, fields=fields, back=back)
 
     def note(self, act: str, what: str) -> None:

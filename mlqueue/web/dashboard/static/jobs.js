@@ -1,8 +1,10 @@
 // A job as it goes on, by server-sent events; where there are no streams, by looking again.
 import { keepFresh, refresh, show } from "./live.js";
 
-// How often a page looks again where there are no streams, in milliseconds.
+// How often a page looks again where there are no streams, and after how long it is looked whether there is one by now,
+// in milliseconds.
 const INSTEAD = 2000;
+const TRY_AGAIN = 30000;
 
 const ENDED = ["succeeded", "dead", "cancelled"];
 
@@ -25,12 +27,16 @@ export function followJob(url, panels) {
   let wait = Number(document.body.dataset.refresh || 0);
   panels.read();
   if (!("unfinished" in document.body.dataset)) return;
-  let streams = true, over = false, source = null;
+  let streams = true, over = false, source = null, tryAt = 0;
   const open = () => {
     if (source || over || document.hidden) return;
     source = new EventSource(url);
-    let heard = false;
-    source.addEventListener("open", () => { heard = true; show(true); panels.read(); });
+    source.addEventListener("open", () => {
+      streams = true;
+      show(true);
+      panels.read();
+      keepFresh(pace());
+    });
     source.addEventListener("snapshot", (event) => changed(JSON.parse(event.data)));
     source.addEventListener("state", (event) => changed(JSON.parse(event.data)));
     source.addEventListener("progress", (event) => {
@@ -43,8 +49,9 @@ export function followJob(url, panels) {
     source.addEventListener("error", () => {
       if (source.readyState !== EventSource.CLOSED) return show(false);
       source = null;
-      // 204: it has ended. Anything else: there are no streams here, or too many.
-      streams = streams && heard;
+      // 204: it has ended. Anything else: there are no streams here, or too many, or a proxy whose server is away.
+      streams = false;
+      tryAt = Date.now() + TRY_AGAIN;
       if (!over) keepFresh(pace());
       refresh();
     });
@@ -54,15 +61,16 @@ export function followJob(url, panels) {
     source = null;
   };
   const pace = () => (over ? 0 : streams ? wait : Math.min(wait || INSTEAD, INSTEAD));
-  document.addEventListener("visibilitychange", () => (document.hidden ? close() : streams && open()));
+  document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
   addEventListener("pagehide", close);
-  addEventListener("pageshow", (event) => { if (event.persisted && streams) open(); });
+  addEventListener("pageshow", (event) => { if (event.persisted) open(); });
   document.addEventListener("fresh", ({ detail }) => {
     wait = Number(detail.refresh || 0);
     over = over || !("unfinished" in detail);
     if (over) close();
     if (over || !streams) panels.read();
     keepFresh(pace());
+    if (!streams && Date.now() >= tryAt) open();
   });
   keepFresh(pace());
   open();

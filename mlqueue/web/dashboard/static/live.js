@@ -57,12 +57,15 @@ function stop() {
   source = null;
 }
 
+// What is said instead of "live", by the status of the answer; nothing stands for no answer.
+const SAID = { 401: "signed out", 403: "not allowed", 404: "gone" };
+
 // Says whether what is seen is as it stands.
-export function show(well) {
+export function show(well, status = 0) {
   const sign = document.getElementById("live");
   sign.hidden = false;
   sign.classList.toggle("off", !well);
-  sign.querySelector("span").textContent = well ? "live" : "no answer";
+  sign.querySelector("span").textContent = well ? "live" : SAID[status] || "no answer";
 }
 
 function plan() {
@@ -93,16 +96,21 @@ async function load() {
     const headers = { "X-MLQueue-Again": "1", ...(etag ? { "If-None-Match": etag } : {}) };
     const answer = await fetch(location.href, { headers, cache: "no-store", credentials: "same-origin" });
     if (answer.status !== 304) {
-      if (!answer.ok || answer.redirected) throw new Error(String(answer.status));
+      // That to sign in comes instead of a page that asks for a key.
+      if (!answer.ok || answer.redirected) return missed(answer.redirected ? 401 : answer.status);
       etag = answer.headers.get("ETag") || "";
       apply(await answer.text());
     }
     failures = 0;
     show(true);
   } catch {
-    failures += 1;
-    show(false);
+    missed(0);
   }
+}
+
+function missed(status) {
+  failures += 1;
+  show(false, status);
 }
 
 function apply(html) {
@@ -125,6 +133,8 @@ export function become(old, fresh) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
   const wanted = [...fresh.childNodes];
+  const stays = new Set(wanted.map((child) => child.id).filter(Boolean));
+  for (const child of [...old.children]) if (child.id && !stays.has(child.id)) child.remove();
   const keyed = new Map([...old.children].filter((child) => child.id).map((child) => [child.id, child]));
   let at = old.firstChild;
   for (const next of wanted) {
@@ -133,6 +143,12 @@ export function become(old, fresh) {
     if (!same) {
       old.insertBefore(document.importNode(next, true), at);
       continue;
+    }
+    // What has the focus would lose it by being moved: the space that was before it goes instead.
+    while (same && next.id && at && at !== same && at.nodeType === 3) {
+      const space = at;
+      at = at.nextSibling;
+      space.remove();
     }
     if (same === at) at = at.nextSibling;
     else old.insertBefore(same, at);
