@@ -52,6 +52,11 @@ class MemoryCache:
 
     def _keep(self, indices: np.ndarray, batch: Any) -> None:
         names, parts = parts_of(batch)
+        if any(len(part) != len(indices) for part in parts):
+            raise BatchError(
+                f"a cache in memory was given {min(map(len, parts))} samples for {len(indices)} indices, and cannot "
+                "tell which are missing: cache before what leaves samples out, or in a file, cache(path)."
+            )
         with self._lock:
             if self._arrays is None:
                 self._arrays = [np.empty((self._length, *part.shape[1:]), part.dtype) for part in parts]

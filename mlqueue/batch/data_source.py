@@ -137,7 +137,7 @@ class AbstractDataSource:
         """A source whose iterators prepare up to `n` batches ahead, in a thread."""
         if n < 1:
             raise ValueError(f"at least one batch has to be prepared ahead, got {n}.")
-        return StageDataSource(self, partial(prefetched, size=n))
+        return StageDataSource(self, partial(prefetched, size=n), batched=True)
 
     def take(self, n: int) -> TakeDataSource:
         """A source that ends after `n` samples."""
@@ -345,7 +345,7 @@ class ArrayDataSource(RandomAccessDataSource):
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         """The samples at `indices`: an int, a slice, or 1-D ints."""
-        if not isinstance(indices, slice):
+        if not isinstance(indices, slice):  # which arrays read faster
             indices = as_positions(indices, self.length)
         parts = [read(indices) for read in self._readers]
         if self.include_indices:
@@ -406,6 +406,7 @@ class FunctionDataSource(RandomAccessDataSource):
         self.fn = fn
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
+        indices = as_positions(indices, self.length)
         batch = as_batch(self.fn(indices.copy() if isinstance(indices, np.ndarray) else indices))
         if not self.include_indices:
             return batch
@@ -725,14 +726,24 @@ class MapDataSource(AbstractDataSource):
 class StageDataSource(AbstractDataSource):
     """A source whose batches go through a stage of :mod:`mlqueue.batch.stages`: filter, rebatch or prefetch.
 
-    `counted`: whether it gives as many samples as the source.
+    `counted`: whether it gives as many samples as the source; `batched`: and in the same batches.
     """
 
-    def __init__(self, source: AbstractDataSource, stage: Callable[..., BatchIterator], counted: bool = True) -> None:
-        self.source, self.stage, self.counted = check_source(source), stage, counted
+    def __init__(
+        self,
+        source: AbstractDataSource,
+        stage: Callable[..., BatchIterator],
+        counted: bool = True,
+        batched: bool = False,
+    ) -> None:
+        self.source, self.stage, self.counted, self.batched = check_source(source), stage, counted, batched
 
     def num_samples(self, **kwargs: Any) -> float | int | None:
         return self.source.num_samples(**kwargs) if self.counted else None
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        given = self.source if self.batched else super()
+        return given.num_batches(batch_size, **kwargs)
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
         kwargs.pop("copy", None)  # a stage may hold several batches of the source at a time
@@ -740,7 +751,8 @@ class StageDataSource(AbstractDataSource):
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> StageDataSource:
         """The stage over a part of the source; see :meth:`RandomAccessDataSource.shard`."""
-        return StageDataSource(shard_of(self.source, rank, world_size, drop_last, pad), self.stage, self.counted)
+        part = shard_of(self.source, rank, world_size, drop_last, pad)
+        return StageDataSource(part, self.stage, self.counted, self.batched)
 
 
 class TakeDataSource(AbstractDataSource):
@@ -811,7 +823,7 @@ class CacheDataSource(AbstractDataSource):
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         read = self.source.samples_by_indices_nomapping  # type: ignore[attr-defined]
-        return self._cache.get(np.asarray(indices, np.intp), read)
+        return self._cache.get(np.asarray(as_positions(indices, self._root.length), np.intp), read)
 
     def samples_by_indices(self, indices: Any) -> Batch:
         return self.samples_by_indices_nomapping(self._root.sampler.map_indices(indices))
@@ -914,7 +926,10 @@ def common_length(data: Any) -> int:
 
 
 def as_positions(indices: Any, length: int) -> Any:
-    """What a source of this length is asked for, as an int, or as 1-D ints where it was a list or a mask of bools."""
+    """What a source of this length is asked for, as an int, or as 1-D ints where it was a list, a slice or a mask of
+    bools."""
+    if isinstance(indices, slice):
+        return np.arange(*indices.indices(length))
     given = np.asarray(indices)
     kind = given.dtype.kind
     if kind in "iu":

@@ -18,7 +18,7 @@ import numpy as np
 
 from mlqueue.batch import skips
 from mlqueue.batch.collate import collate as stack_samples
-from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource
+from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource, as_positions, own_indices
 from mlqueue.batch.errors import SampleError, TooManySkips
 from mlqueue.batch.rows import HDF5Rows, as_rows
 from mlqueue.errors import MissingDependency
@@ -97,7 +97,7 @@ class SampleDataSource(RandomAccessDataSource):
         self._lock = threading.Lock()
 
     def samples_by_indices_nomapping(self, indices: Any) -> Any:
-        wanted = [int(index) for index in np.atleast_1d(indices)]
+        wanted = [int(index) for index in np.atleast_1d(as_positions(indices, self.length))]
         if self.errors == "raise" and not self.retries and hasattr(self.samples, "__getitems__"):
             return self._batch(self.samples.__getitems__(wanted), wanted)
         read = [(index, sample) for index in wanted for sample in self._read(index)]
@@ -245,9 +245,10 @@ class TableDataSource(RandomAccessDataSource):
             raise ValueError(f"the table has no column {unknown[:1] or ''}; it has {names}.")
 
     def samples_by_indices_nomapping(self, indices: Any) -> Any:
+        indices = as_positions(indices, self.length)
         rows = self.rows[np.asarray(indices, np.intp)]
         batch = {name: np.ascontiguousarray(rows[name]) for name in self.columns}
-        return {"indices": indices, **batch} if self.include_indices else batch
+        return {"indices": own_indices(indices, self.length), **batch} if self.include_indices else batch
 
 
 def table_source(path: str | Path, table: str, columns: Sequence[str] | None = None, **kwargs: Any) -> TableDataSource:
@@ -271,6 +272,12 @@ class ParquetRows:
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
         self.path, self.columns = Path(path), None if columns is None else list(columns)
         metadata = need_pyarrow("pyarrow.parquet").read_metadata(self.path)
+        names = metadata.schema.to_arrow_schema().names
+        unknown = [name for name in self.columns or () if name.split(".")[0] not in names]
+        if unknown:
+            raise ValueError(f"{self.path} has no column {unknown[0]!r}; it has {', '.join(map(repr, names))}.")
+        #: The names of the columns in which the file says that values are missing.
+        self.with_missing = columns_with_missing(metadata)
         groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         self._kept: tuple[int, Any] | None = None
@@ -287,6 +294,11 @@ class ParquetRows:
 
     def __getitem__(self, indices: Any) -> Any:
         indices = np.asarray(indices, np.intp)
+        indices = np.where(indices < 0, indices + len(self), indices)
+        if not indices.size:
+            return self._group(0).slice(0, 0)
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"indices go from {indices.min()} to {indices.max()}, but there are {len(self)} rows.")
         group_of = np.searchsorted(self._starts, indices, side="right") - 1
         groups = np.unique(group_of)
         parts = [self._group(int(g)).take(indices[group_of == g] - self._starts[g]) for g in groups]
@@ -311,9 +323,11 @@ class _ParquetDataSource(RandomAccessDataSource):
         self.rows = rows
 
     def samples_by_indices_nomapping(self, indices: Any) -> Any:
-        table = self.rows[indices]
-        batch = {name: column_array(table.column(name)) for name in table.column_names}
-        return {"indices": indices, **batch} if self.include_indices else batch
+        indices = as_positions(indices, self.length)
+        table = self.rows[np.atleast_1d(indices)]
+        names = table.column_names
+        batch = {name: column_array(table.column(name), name in self.rows.with_missing) for name in names}
+        return {"indices": own_indices(indices, self.length), **batch} if self.include_indices else batch
 
 
 def parquet_source(path: str | Path, columns: Sequence[str] | None = None, **kwargs: Any) -> RandomAccessDataSource:
@@ -325,15 +339,30 @@ def parquet_source(path: str | Path, columns: Sequence[str] | None = None, **kwa
     return _ParquetDataSource(ParquetRows(path, columns), **kwargs)
 
 
-def column_array(column: Any) -> np.ndarray:
+def columns_with_missing(metadata: Any) -> set[str]:
+    """The columns of a file of which some row group counts missing values."""
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    return {chunk.path_in_schema for chunk in chunks if chunk.statistics is not None and chunk.statistics.null_count}
+
+
+def column_array(column: Any, with_missing: bool = False) -> np.ndarray:
+    """A column as an array. `with_missing`: numbers are float64 and bools objects, as they are where one is missing,
+    so that all batches are of the same dtype."""
     pa = need_pyarrow()
+    if with_missing and pa.types.is_integer(column.type):
+        column = column.cast(pa.float64(), safe=False)
     column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_fixed_size_list(column.type):
         flat = column.flatten().to_numpy(zero_copy_only=False)
         return np.array(flat).reshape(len(column), column.type.list_size)
-    return np.array(column.to_numpy(zero_copy_only=False))
+    array = np.array(column.to_numpy(zero_copy_only=False))
+    return array.astype(object) if with_missing and array.dtype == np.bool_ else array
 
 
 def need_pyarrow(module: str = "pyarrow") -> Any:
