@@ -124,6 +124,7 @@ class AbstractDataSource:
         `predicate` returns a 1-D array of bools, one for each sample, or one bool for the batch. Batches become
         shorter; :meth:`rebatch` fills them up again.
         """
+        check_function(predicate, "filter")
         return StageDataSource(self, partial(filtered, predicate=predicate), counted=False)
 
     def rebatch(self, read: int | None = None) -> StageDataSource:
@@ -135,7 +136,7 @@ class AbstractDataSource:
 
     def prefetch(self, n: int = 2) -> StageDataSource:
         """A source whose iterators prepare up to `n` batches ahead, in a thread."""
-        if n < 1:
+        if operator.index(n) < 1:
             raise ValueError(f"at least one batch has to be prepared ahead, got {n}.")
         return StageDataSource(self, partial(prefetched, size=n), batched=True)
 
@@ -403,7 +404,7 @@ class FunctionDataSource(RandomAccessDataSource):
         include_indices: bool = False,
     ) -> None:
         super().__init__(operator.index(length), indices, repeats, sampler, include_indices)
-        self.fn = fn
+        self.fn = check_function(fn, "a FunctionDataSource")
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         indices = as_positions(indices, self.length)
@@ -656,7 +657,7 @@ class MapDataSource(AbstractDataSource):
     """
 
     def __init__(self, source: AbstractDataSource, fn: Callable[..., Batch], seed: int | None = None) -> None:
-        self.source, self.fn, self.seed = check_source(source), fn, seed
+        self.source, self.fn, self.seed = check_source(source), check_function(fn, "map"), seed
         self._takes_rng, self._takes_empty = takes(fn, "rng"), takes(fn, "empty")
 
     @property
@@ -742,8 +743,9 @@ class StageDataSource(AbstractDataSource):
         return self.source.num_samples(**kwargs) if self.counted else None
 
     def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
-        given = self.source if self.batched else super()
-        return given.num_batches(batch_size, **kwargs)
+        if self.batched:
+            return self.source.num_batches(batch_size, **kwargs)
+        return super().num_batches(batch_size, **kwargs)
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
         kwargs.pop("copy", None)  # a stage may hold several batches of the source at a time
@@ -905,7 +907,10 @@ def cached_in_file(ds: AbstractDataSource, path: Path, key: str) -> ArrayDataSou
 def common_length(data: Any) -> int:
     """The length that all arrays of a list or a dict have."""
     if not isinstance(data, list | Mapping):
-        raise TypeError(f"data must be a list (or a dict) of arrays, got a {type(data).__name__}.")
+        raise TypeError(
+            f"data must be a list (or a dict) of arrays, got a {type(data).__name__}: "
+            + ("write list(x)." if isinstance(data, tuple) else "put it into a list, [x].")
+        )
     if not data:
         raise IndexError("data is empty; give at least one array.")
     named = list(data.items()) if isinstance(data, Mapping) else list(enumerate(data))
@@ -955,6 +960,12 @@ def check_source(ds: Any) -> AbstractDataSource:
     if not isinstance(ds, AbstractDataSource):
         raise TypeError(f"a data source is needed, got a {type(ds).__name__}; coerce_data_source() makes one.")
     return ds
+
+
+def check_function(fn: Any, name: str) -> Callable[..., Any]:
+    if not callable(fn):
+        raise TypeError(f"{name} needs a function of a batch, got {fn!r:.80}.")
+    return fn  # type: ignore[no-any-return]
 
 
 def check_num_samples(n: Any, name: str) -> float | int:

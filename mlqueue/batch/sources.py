@@ -9,7 +9,7 @@ import importlib
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlqueue.batch import skips
 from mlqueue.batch.collate import collate as stack_samples
 from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource, as_positions, own_indices
 from mlqueue.batch.errors import SampleError, TooManySkips
+from mlqueue.batch.order import check_batch_size
 from mlqueue.batch.rows import HDF5Rows, as_rows
 from mlqueue.errors import MissingDependency
 
@@ -80,6 +81,14 @@ class SampleDataSource(RandomAccessDataSource):
     ) -> None:
         if errors not in ("raise", "skip", "retry"):
             raise ValueError(f"errors must be 'raise', 'skip' or 'retry', got {errors!r}.")
+        for name, number in (("retries", retries), ("max_skips", max_skips)):
+            if number is not None and number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}.")
+        if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+            raise TypeError(
+                f"samples need a length and [], which a {type(samples).__name__} has not; what can only be iterated "
+                "over is read by iterable_source()."
+            )
         super().__init__(len(samples), **kwargs)
         self.samples, self.collate, self.errors, self.max_skips = samples, collate, errors, max_skips
         self.retries = retries if retries is not None else 2 if errors == "retry" else 0
@@ -164,6 +173,8 @@ class ImageFolder:
         read: Callable[[Path], Any] | None = None,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
     ) -> None:
+        if size is not None and (np.shape(size) != (2,) or min(size) < 1):
+            raise ValueError(f"size must be (height, width), both at least 1, got {size!r}.")
         self.root, self.size, self._reader = Path(root), size, read
         self.class_names = sorted(folder.name for folder in self.root.iterdir() if folder.is_dir())
         endings = tuple(suffix.lower() for suffix in suffixes)
@@ -379,7 +390,8 @@ def iterable_source(
     Hugging Face, a list, an object with ``__iter__``.
 
     Where it has ``set_epoch`` that is called with the ``epoch`` of the iteration; ``shuffle`` is refused, as an
-    iterable has an order of its own. Resumed, what was seen is read again and skipped, unless it has ``state_dict``.
+    iterable has an order of its own. Resumed, what was seen is read again and skipped. A generator can be gone through
+    once.
     """
     return CallableDataSource(_Batched(samples, collate), num_samples)
 
@@ -387,10 +399,19 @@ def iterable_source(
 class _Batched:
     def __init__(self, samples: Any, collate: Callable[[list[Any]], Any]) -> None:
         self.samples, self.collate = samples, collate
+        self._begun = False
 
     def __call__(self, batch_size: int, shuffle: Any = None, epoch: int = 0, drop_last: bool = False) -> Iterator[Any]:
         if shuffle is not None and shuffle is not False:
             raise ValueError("this source has an order of its own and cannot be shuffled; shuffle what it is made of.")
+        check_batch_size(batch_size)
+        if isinstance(self.samples, Generator):
+            if self._begun:
+                raise ValueError(
+                    "a generator can be gone through once; give an object with __iter__ (or a list) instead, which "
+                    "each iteration goes through anew."
+                )
+            self._begun = True
         set_epoch = getattr(self.samples, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)

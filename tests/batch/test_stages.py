@@ -251,7 +251,7 @@ def test_a_cache_refuses_what_it_cannot_keep():
         next(iterator)
     # One sample of three, which numpy would put in the place of all.
     skipping = SampleDataSource(Flaky([0, 2]), errors="skip").cache()
-    with pytest.raises(BatchError, match="was given 1 samples for 3 indices.*in a file"):
+    with pytest.raises(BatchError, match=r"was given 1 samples for 3 indices.*in a file"):
         next(skipping.batch_iterator(3))
 
 
@@ -566,6 +566,44 @@ def test_webdataset_shards(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:1500])
     with pytest.raises(tarfile.ReadError):
         list(webdataset_source(tmp_path / "cut.tar", decode).batch_iterator(4))
+
+
+def test_what_is_wrong_is_said_where_it_is_given(tmp_path):
+    with pytest.raises(ValueError, match="epoch must not be negative, got -1"):
+        source(4).batch_iterator(2, shuffle=1, epoch=-1)
+    with pytest.raises(TypeError, match=r"got a ndarray: put it into a list, \[x\]"):
+        ArrayDataSource(np.zeros(3))
+    for make in (source(4).map, source(4).filter, lambda fn: FunctionDataSource(fn, 3)):
+        with pytest.raises(TypeError, match="needs a function of a batch, got 3"):
+            make(3)
+    with pytest.raises(ValueError, match="retries must not be negative"):  # which once left all samples out
+        SampleDataSource([1], errors="retry", retries=-1)
+    with pytest.raises(TypeError, match=r"iterable_source\(\)"):
+        SampleDataSource(iter([1]))
+    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+        image_folder(tmp_path, 3)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        next(iterable_source([1]).batch_iterator(0))
+    once = iterable_source(i for i in range(5))
+    assert len(list(once.batch_iterator(2))) == 3
+    with pytest.raises(ValueError, match="can be gone through once"):
+        next(once.batch_iterator(2))
+    with pytest.raises(ValueError, match="one has 1, another 2"):
+        collate([(1,), (1, 2)])
+    with pytest.raises(ValueError, match="max_length must not be negative"):
+        pad([np.arange(3)], max_length=-1)
+    with pytest.raises(ValueError, match="which the samples have already"):
+        pad_collate()([{"x": np.arange(2), "x_length": 7}])
+
+
+def test_another_file_is_no_cache(tmp_path):
+    tables = pytest.importorskip("tables")
+    (tmp_path / "text").write_text("text")
+    with tables.open_file(str(tmp_path / "x.h5"), "w") as file:
+        file.create_array("/", "samples", np.arange(3))
+    for name in ("text", "x.h5", "."):
+        with pytest.raises(BatchError, match="is no cache file"):
+            source(4).cache(tmp_path / name)
 
 
 def test_any_iterable_of_samples_is_a_source():
