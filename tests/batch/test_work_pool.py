@@ -479,6 +479,19 @@ class Interrupted:
         return np.asarray(index)
 
 
+def test_a_shared_constant_of_another_pool_is_refused(processes):
+    # Its number is another constant's there, or nobody's, which workers would wait for.
+    with WorkerProcessPool(1) as other:
+        constant = other.shared_constant([1, 2])
+        assert list(other.work_stream([(len, (constant,))])) == [2]
+        with pytest.raises(RuntimeError, match="of its own pool only"):
+            next(processes.work_stream([(len, (constant,))]))
+        ds = ArrayDataSource([X]).map(partial(shared_rows, constant))
+        with pytest.raises(RuntimeError, match="of its own pool only"):
+            processes.parallel_data_source(ds).batch_iterator(10)
+    assert list(processes.work_stream([(len, ("abc",))])) == [3]
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_arrays_of_a_class_of_their_own_stay_what_they_are(pool, mapped):
     hidden = np.ma.masked_array(Y, Y % 3 == 0)
