@@ -24,6 +24,7 @@ sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path or "."
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -277,7 +278,9 @@ def make_images(folder: Path, count: int) -> list[str]:
 def decode(path: str) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(path) as image:
+    # Read at once, as mlqueue's own sources do: Pillow would ask for the file piece by piece, and threads wait for
+    # Python's global lock after each.
+    with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
         return np.asarray(image)
 
 

@@ -373,28 +373,32 @@ class ProcessCrew(Crew):
         self._call_off(lease)
         lease.here = True
         slot, segment = self._arena.take()
-        place = length = 0
-        failed = complete = False
+        filled: tuple[int, int, bool] | None = None
         self._turn.release()
         try:
-            length = len(lease.request)
-            segment.grow(HEADER_BYTES + length)
-            segment.memory[HEADER_BYTES : HEADER_BYTES + length] = lease.request
-            writer = SlotWriter(segment, worker.dump)
-            try:
-                with worker.in_place_of_a_worker(self._value_of):
-                    place, length = worker.fill(writer, length, self._value_of)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # noqa: BLE001 - as in a worker
-                place, length = worker.fill_error(writer, length, error)
-                failed = True
-            complete = True
+            filled = self._fill(segment, lease.request)
+        except OSError:
+            self.check_usable()  # when it is closed its memory has gone
+            raise
         finally:
             self._turn.acquire()
-            if not complete:
+            if filled is None:
                 self._arena.release(slot)
-        lease.filled, lease.here, lease.done = (slot, place, length, failed), False, True
+        self.check_usable()
+        lease.filled, lease.here, lease.done = (slot, *filled), False, True
+
+    def _fill(self, segment: Segment, request: bytes) -> tuple[int, int, bool]:
+        """Place and length of the result's description in a slot, and whether it is an error."""
+        segment.grow(HEADER_BYTES + len(request))
+        segment.memory[HEADER_BYTES : HEADER_BYTES + len(request)] = request
+        writer = SlotWriter(segment, worker.dump)
+        try:
+            with worker.in_place_of_a_worker(self._value_of):
+                return *worker.fill(writer, len(request), self._value_of), False
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - as in a worker
+            return *worker.fill_error(writer, len(request), error), True
 
     def _value_of(self, number: int) -> Any:
         """The value of a shared constant, as workers have it."""

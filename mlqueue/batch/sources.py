@@ -6,6 +6,7 @@ What stands in the way of reading a sample is dealt with by a policy: see :class
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import tarfile
 import threading
@@ -227,14 +228,20 @@ def image_folder(root: str | Path, size: tuple[int, int], **kwargs: Any) -> Samp
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image file as a uint8 array of shape (3, height, width), RGB. `size`: (height, width) to scale it to."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise MissingDependency("reading images needs Pillow: pip install pillow") from error
-    with Image.open(path) as image:
+    # Read at once: Pillow asks for a file piece by piece, and threads wait for Python's global lock after each.
+    content = io.BytesIO(Path(path).read_bytes())
+    try:
+        opened = Image.open(content)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"{path} is no image that Pillow can read.") from None
+    with opened as image:
         if size is not None:
             # Decodes a JPEG at a fraction of its size where that is enough; does nothing for other formats.
             image.draft("RGB", (size[1], size[0]))
-        pixels = image.convert("RGB")
+        pixels = image if image.mode == "RGB" else image.convert("RGB")
         if size is not None and pixels.size != (size[1], size[0]):
             pixels = pixels.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))

@@ -33,6 +33,7 @@ from mlqueue.batch.sources import (
     image_folder,
     iterable_source,
     parquet_source,
+    read_image,
     table_source,
     webdataset_source,
 )
@@ -489,6 +490,10 @@ def test_an_image_folder(tmp_path):
     ds = image_folder(tmp_path, (5, 4), errors="skip")
     assert len(ds.batch_map_concat(lambda X, y: y, 4)[0]) == 6
     assert "UnidentifiedImageError" in ds.skipped[0].error
+    assert "z.jpg is no image" in ds.skipped[0].error
+    grey = image.fromarray(np.full((4, 4), 77, np.uint8))
+    grey.save(tmp_path / "grey.png")
+    assert (read_image(tmp_path / "grey.png") == np.full((3, 4, 4), 77)).all()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no image"):
         ImageFolder(tmp_path / "empty")

@@ -463,6 +463,21 @@ def doubled_here(x, y):
     return x * 2, y, np.array([os.getpid()])
 
 
+EVENTS = {"begun": threading.Event(), "go": threading.Event()}
+
+
+def events_first(indices):
+    EVENTS["begun"].set()
+    EVENTS["go"].wait(DEADLINE)
+    return (np.zeros((len(indices), 100_000)),)
+
+
+def slow_noise(x, y):
+    first = np.random.normal(size=3)
+    time.sleep(0.005)  # another thread runs
+    return first, np.random.normal(size=3), y
+
+
 class Interrupted:
     """An array-like that is interrupted when it is first read."""
 
@@ -622,6 +637,45 @@ class TestHelpWhileStarting:
                 handle.process.wait(DEADLINE)
             with pytest.raises(WorkerDied, match="exit code 7 before it had"):
                 next(pool.parallel_data_source(arrays().map(doubled_here), 2).batch_iterator(10))
+
+    def test_a_pool_that_is_closed_while_a_batch_is_prepared_says_so(self, helped):
+        begun, go = EVENTS["begun"], EVENTS["go"]
+        begun.clear()
+        go.clear()
+        raised = []
+
+        def wait():
+            try:
+                next(helped.parallel_data_source(FunctionDataSource(events_first, 10)).batch_iterator(5))
+            except RuntimeError as error:
+                raised.append(str(error))
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert begun.wait(DEADLINE)
+        helped.close()
+        go.set()
+        waiting.join(DEADLINE)
+        assert not waiting.is_alive()
+        assert "the pool is closed" in raised[0]
+
+    def test_two_that_ask_at_once_do_not_share_the_global_generators(self, helped):
+        expected, given = {}, {}
+
+        def iterate(seed):
+            parallel = helped.parallel_data_source(arrays().map(slow_noise), 3)
+            given[seed] = list(parallel.batch_iterator(50, shuffle=seed))
+
+        for seed in (1, 2):
+            iterate(seed)
+        expected.update(given)
+        consumers = [threading.Thread(target=iterate, args=(seed,)) for seed in (1, 2)]
+        for consumer in consumers:
+            consumer.start()
+        for consumer in consumers:
+            consumer.join(DEADLINE)
+        for seed in (1, 2):
+            assert_same_batches(expected[seed], given[seed])
 
     def test_nothing_is_left_of_what_was_done_here(self, helped):
         parallel = helped.parallel_data_source(arrays().map(scale_in_place), 3)
