@@ -52,6 +52,11 @@ class MemoryCache:
 
     def _keep(self, indices: np.ndarray, batch: Any) -> None:
         names, parts = parts_of(batch)
+        if any(len(part) != len(indices) for part in parts):
+            raise BatchError(
+                f"a cache in memory was given {min(map(len, parts))} samples for {len(indices)} indices, and cannot "
+                "tell which are missing: cache before what leaves samples out, or in a file, cache(path)."
+            )
         with self._lock:
             if self._arrays is None:
                 self._arrays = [np.empty((self._length, *part.shape[1:]), part.dtype) for part in parts]
@@ -110,7 +115,10 @@ def write_cache_file(path: Path, batches: Iterator[Any], key: str) -> int:
 
 def append_node(tables: Any, file: Any, number: int, part: np.ndarray) -> Any:
     if part.dtype.hasobject or part.dtype.kind == "U":
-        raise TypeError(f"part {number} of the batch is of dtype {part.dtype}, which a cache file cannot hold.")
+        raise TypeError(
+            f"part {number} of the batch is of dtype {part.dtype}, which a cache file cannot hold; "
+            "make numbers or bytes of it before (a map), or cache in memory."
+        )
     atom = tables.Atom.from_dtype(np.dtype((part.dtype, ())))
     return file.create_earray("/samples", f"part{number}", atom, (0, *part.shape[1:]), createparents=True)
 
@@ -120,8 +128,12 @@ def open_cache_file(path: Path, key: str) -> list[Any] | dict[str, Any] | None:
     if not path.exists():
         return None
     tables = need_tables()
+    if not (path.is_file() and tables.is_hdf5_file(str(path))):
+        raise no_cache(path)
     with tables.open_file(str(path), "r") as file:
-        samples = file.root.samples
+        samples = file.root.samples if "samples" in file.root else None
+        if samples is None or "key" not in samples._v_attrs:
+            raise no_cache(path)
         written = str(samples._v_attrs.key)
         if written != key:
             raise BatchError(
@@ -134,6 +146,10 @@ def open_cache_file(path: Path, key: str) -> list[Any] | dict[str, Any] | None:
     for part in rows:
         part.close()
     return rows if names is None else dict(zip(names, rows, strict=True))
+
+
+def no_cache(path: Path) -> BatchError:
+    return BatchError(f"{path} is no cache file, it was made by something else: give another path.")
 
 
 def need_tables() -> Any:

@@ -40,12 +40,16 @@ def _fail(message: str, exit_code: int) -> NoReturn:
     raise click.exceptions.Exit(exit_code)
 
 
-@click.group()
-def datasets() -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def datasets(ctx: click.Context) -> None:
     """Data sets: list, fetch, locate and remove them.
 
     They are kept in $MLQUEUE_DATA_HOME/data, else where BatchUp kept its own, else in your cache folder.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        raise click.exceptions.Exit(2)
 
 
 @datasets.command("list")

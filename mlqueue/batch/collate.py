@@ -43,6 +43,8 @@ def pad(
     parts = [np.asarray(array) for array in arrays]
     if not parts:
         raise ValueError("there is nothing to pad: give at least one array.")
+    if max_length is not None and max_length < 0:
+        raise ValueError(f"max_length must not be negative, got {max_length}.")
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be at least 1, got {multiple_of}.")
     shapes = {part.shape[1:] for part in parts}
@@ -79,6 +81,10 @@ def assemble(samples: Sequence[Any], join: Callable[[list[Any], Any], Any]) -> A
                 raise ValueError(f"the samples have different names: {sorted(first)} and {sorted(sample)}.")
         return {name: join([sample[name] for sample in samples], name) for name in first}
     if isinstance(first, tuple | list):
+        for sample in samples:
+            if not isinstance(sample, tuple | list) or len(sample) != len(first):
+                parts = len(sample) if isinstance(sample, tuple | list) else f"a {type(sample).__name__}"
+                raise ValueError(f"the samples must have as many parts each: one has {len(first)}, another {parts}.")
         return tuple(join(list(parts), number) for number, parts in enumerate(zip(*samples, strict=True)))
     return (join(list(samples), 0),)
 
@@ -93,5 +99,11 @@ def _pad_samples(samples: Sequence[Any], options: tuple[Any, int, int | None], w
     batch = assemble(samples, join)
     if isinstance(batch, dict):
         names = {name: [name, f"{name}_length"] for name in batch}
+        taken = [name for name, parts in batch.items() if len(parts) == 2 and f"{name}_length" in batch]
+        if taken:
+            raise ValueError(
+                f"the lengths of {taken[0]!r} need the name '{taken[0]}_length', which the samples have already; "
+                "rename that, or pad_collate(lengths=False)."
+            )
         return {label: part for name in batch for label, part in zip(names[name], batch[name], strict=False)}
     return tuple(part for parts in batch for part in parts)

@@ -200,8 +200,8 @@ class ThreadCrew(Crew):
 
     def result(self, lease: ThreadLease, how: How = "lend") -> Any:
         check_owner(self._pid, "threads")
-        lease.ready.acquire()
-        lease.ready.release()
+        with lease.ready:  # which KeyboardInterrupt does not leave taken
+            pass
         if lease.error is not None:
             raise lease.error
         return with_arrays(lease.value, read_only) if how == "view" else lease.value

@@ -124,6 +124,7 @@ class AbstractDataSource:
         `predicate` returns a 1-D array of bools, one for each sample, or one bool for the batch. Batches become
         shorter; :meth:`rebatch` fills them up again.
         """
+        check_function(predicate, "filter")
         return StageDataSource(self, partial(filtered, predicate=predicate), counted=False)
 
     def rebatch(self, read: int | None = None) -> StageDataSource:
@@ -135,9 +136,9 @@ class AbstractDataSource:
 
     def prefetch(self, n: int = 2) -> StageDataSource:
         """A source whose iterators prepare up to `n` batches ahead, in a thread."""
-        if n < 1:
+        if operator.index(n) < 1:
             raise ValueError(f"at least one batch has to be prepared ahead, got {n}.")
-        return StageDataSource(self, partial(prefetched, size=n))
+        return StageDataSource(self, partial(prefetched, size=n), batched=True)
 
     def take(self, n: int) -> TakeDataSource:
         """A source that ends after `n` samples."""
@@ -345,7 +346,7 @@ class ArrayDataSource(RandomAccessDataSource):
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         """The samples at `indices`: an int, a slice, or 1-D ints."""
-        if not isinstance(indices, slice):
+        if not isinstance(indices, slice):  # which arrays read faster
             indices = as_positions(indices, self.length)
         parts = [read(indices) for read in self._readers]
         if self.include_indices:
@@ -403,9 +404,10 @@ class FunctionDataSource(RandomAccessDataSource):
         include_indices: bool = False,
     ) -> None:
         super().__init__(operator.index(length), indices, repeats, sampler, include_indices)
-        self.fn = fn
+        self.fn = check_function(fn, "a FunctionDataSource")
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
+        indices = as_positions(indices, self.length)
         batch = as_batch(self.fn(indices.copy() if isinstance(indices, np.ndarray) else indices))
         if not self.include_indices:
             return batch
@@ -655,7 +657,7 @@ class MapDataSource(AbstractDataSource):
     """
 
     def __init__(self, source: AbstractDataSource, fn: Callable[..., Batch], seed: int | None = None) -> None:
-        self.source, self.fn, self.seed = check_source(source), fn, seed
+        self.source, self.fn, self.seed = check_source(source), check_function(fn, "map"), seed
         self._takes_rng, self._takes_empty = takes(fn, "rng"), takes(fn, "empty")
 
     @property
@@ -725,14 +727,25 @@ class MapDataSource(AbstractDataSource):
 class StageDataSource(AbstractDataSource):
     """A source whose batches go through a stage of :mod:`mlqueue.batch.stages`: filter, rebatch or prefetch.
 
-    `counted`: whether it gives as many samples as the source.
+    `counted`: whether it gives as many samples as the source; `batched`: and in the same batches.
     """
 
-    def __init__(self, source: AbstractDataSource, stage: Callable[..., BatchIterator], counted: bool = True) -> None:
-        self.source, self.stage, self.counted = check_source(source), stage, counted
+    def __init__(
+        self,
+        source: AbstractDataSource,
+        stage: Callable[..., BatchIterator],
+        counted: bool = True,
+        batched: bool = False,
+    ) -> None:
+        self.source, self.stage, self.counted, self.batched = check_source(source), stage, counted, batched
 
     def num_samples(self, **kwargs: Any) -> float | int | None:
         return self.source.num_samples(**kwargs) if self.counted else None
+
+    def num_batches(self, batch_size: int, **kwargs: Any) -> float | int | None:
+        if self.batched:
+            return self.source.num_batches(batch_size, **kwargs)
+        return super().num_batches(batch_size, **kwargs)
 
     def batch_iterator(self, batch_size: int, **kwargs: Any) -> BatchIterator:
         kwargs.pop("copy", None)  # a stage may hold several batches of the source at a time
@@ -740,7 +753,8 @@ class StageDataSource(AbstractDataSource):
 
     def shard(self, rank: int, world_size: int, drop_last: bool = False, pad: bool = False) -> StageDataSource:
         """The stage over a part of the source; see :meth:`RandomAccessDataSource.shard`."""
-        return StageDataSource(shard_of(self.source, rank, world_size, drop_last, pad), self.stage, self.counted)
+        part = shard_of(self.source, rank, world_size, drop_last, pad)
+        return StageDataSource(part, self.stage, self.counted, self.batched)
 
 
 class TakeDataSource(AbstractDataSource):
@@ -811,7 +825,7 @@ class CacheDataSource(AbstractDataSource):
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         read = self.source.samples_by_indices_nomapping  # type: ignore[attr-defined]
-        return self._cache.get(np.asarray(indices, np.intp), read)
+        return self._cache.get(np.asarray(as_positions(indices, self._root.length), np.intp), read)
 
     def samples_by_indices(self, indices: Any) -> Batch:
         return self.samples_by_indices_nomapping(self._root.sampler.map_indices(indices))
@@ -893,7 +907,10 @@ def cached_in_file(ds: AbstractDataSource, path: Path, key: str) -> ArrayDataSou
 def common_length(data: Any) -> int:
     """The length that all arrays of a list or a dict have."""
     if not isinstance(data, list | Mapping):
-        raise TypeError(f"data must be a list (or a dict) of arrays, got a {type(data).__name__}.")
+        raise TypeError(
+            f"data must be a list (or a dict) of arrays, got a {type(data).__name__}: "
+            + ("write list(x)." if isinstance(data, tuple) else "put it into a list, [x].")
+        )
     if not data:
         raise IndexError("data is empty; give at least one array.")
     named = list(data.items()) if isinstance(data, Mapping) else list(enumerate(data))
@@ -914,7 +931,10 @@ def common_length(data: Any) -> int:
 
 
 def as_positions(indices: Any, length: int) -> Any:
-    """What a source of this length is asked for, as an int, or as 1-D ints where it was a list or a mask of bools."""
+    """What a source of this length is asked for, as an int, or as 1-D ints where it was a list, a slice or a mask of
+    bools."""
+    if isinstance(indices, slice):
+        return np.arange(*indices.indices(length))
     given = np.asarray(indices)
     kind = given.dtype.kind
     if kind in "iu":
@@ -940,6 +960,12 @@ def check_source(ds: Any) -> AbstractDataSource:
     if not isinstance(ds, AbstractDataSource):
         raise TypeError(f"a data source is needed, got a {type(ds).__name__}; coerce_data_source() makes one.")
     return ds
+
+
+def check_function(fn: Any, name: str) -> Callable[..., Any]:
+    if not callable(fn):
+        raise TypeError(f"{name} needs a function of a batch, got {fn!r:.80}.")
+    return fn  # type: ignore[no-any-return]
 
 
 def check_num_samples(n: Any, name: str) -> float | int:

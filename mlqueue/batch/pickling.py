@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ def pickle_code(
             "a pool of processes needs cloudpickle to send functions: `pip install joblib` brings it; or use a "
             "WorkerThreadPool."
         ) from error
+    importlib.import_module(np.recarray.__module__)  # else the class would be sent by value, and not work there
     buffers: list[Any] = []
     file = io.BytesIO()
 

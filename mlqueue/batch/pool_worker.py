@@ -71,7 +71,9 @@ def dump(value: Any, keep_buffer: Callable[[Any], Any] | None = None) -> bytes:
 
 def constant(number: int) -> Any:
     """The shared constant of this number; what the pickle of a ``SharedConstant`` calls in a worker."""
-    lookup: Lookup | None = getattr(_own, "lookup", None) or (None if _worker is None else _worker.constant)
+    lookup: Lookup | None = getattr(_own, "lookup", None)
+    if lookup is None and _worker is not None:
+        lookup = _worker.constant
     if lookup is None:
         raise RuntimeError("a shared constant can be used in the tasks of its own pool only; pass the value itself.")
     return lookup(number)
@@ -79,7 +81,8 @@ def constant(number: int) -> Any:
 
 _worker: Worker | None = None
 _own = threading.local()
-_one_here = threading.RLock()
+#: Held while the global random generators are those of a batch.
+_seeding = threading.RLock()
 
 
 def main(setup: int, leases: int, results: int, serial: int) -> None:
@@ -184,19 +187,29 @@ def fill_error(writer: SlotWriter, length: int, error: BaseException) -> tuple[i
 
 @contextlib.contextmanager
 def in_place_of_a_worker(lookup: Lookup) -> Iterator[None]:
-    """Meanwhile this thread does work of worker processes, and no other of this process does. The global random
-    generators, which are seeded for each batch, are put back after it."""
+    """Meanwhile this thread does work of worker processes, and no other does. The global random generators, which are
+    seeded for each batch, are put back after it."""
     import random
 
-    with _one_here:
-        states, before = (np.random.get_state(), random.getstate()), getattr(_own, "lookup", None)
-        _own.lookup = lookup
+    with _seeding:
+        states = np.random.get_state(), random.getstate()
+        before, _own.lookup = getattr(_own, "lookup", None), lookup
         try:
             yield
         finally:
             _own.lookup = before
             np.random.set_state(states[0])
             random.setstate(states[1])
+
+
+def _begin_anew() -> None:
+    """In a forked process, where no thread but the forking one is left."""
+    global _seeding
+    _seeding = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def constant_parts(body: Any, buffers: Sequence[Any]) -> tuple[list[str], bytes, Sequence[Any]]:

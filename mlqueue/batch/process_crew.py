@@ -7,6 +7,7 @@ used again only when it has been answered. So each result is taken once, whoever
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing.spawn
@@ -20,7 +21,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -59,9 +60,9 @@ class SharedConstant:
     worker. What the value was when this was made is what workers see.
     """
 
-    def __init__(self, number: int, pickled: bytes, buffers: list[Any]) -> None:
+    def __init__(self, number: int, pickled: bytes, buffers: list[Any], owner: object = None) -> None:
         self.number = number
-        self._pickled = pickled
+        self._pickled, self._owner = pickled, owner
         self.segment = Segment.create()
         writer = SlotWriter(self.segment)
         paths = [path for path in sys.path if isinstance(path, str)]
@@ -81,7 +82,27 @@ class SharedConstant:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        asking = getattr(_sending, "owner", None)
+        if asking is not None and asking is not self._owner:  # whose workers would wait for it, and for ever
+            raise RuntimeError(
+                "a shared constant can be used in the tasks of its own pool only; pass the value itself, or what "
+                "shared_constant() of this pool gives."
+            )
         return worker.constant, (self.number,)
+
+
+#: `owner`: for whose workers this thread pickles something.
+_sending = threading.local()
+
+
+@contextlib.contextmanager
+def sending_for(owner: object) -> Iterator[None]:
+    """Meanwhile this thread pickles for the workers of this owner."""
+    before, _sending.owner = getattr(_sending, "owner", None), owner
+    try:
+        yield
+    finally:
+        _sending.owner = before
 
 
 def same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -173,7 +194,7 @@ class ProcessCrew(Crew):
         super().__init__(processes)
         self._helping = help_while_starting
         self._known: dict[int, Any] = {}  # values of shared constants, while this process helps
-        self._pid = os.getpid()
+        self._pid, self._owner = os.getpid(), object()
         self._numbers = itertools.count(1)  # of leases
         self._serials = itertools.count(1)  # of workers
         self._constant_numbers = itertools.count(1)
@@ -271,10 +292,11 @@ class ProcessCrew(Crew):
 
     def share(self, value: Any, earlier: Any = None) -> SharedConstant:
         self.check_usable()
-        pickled, buffers = pickle_code(value)
+        with sending_for(self._owner):
+            pickled, buffers = pickle_code(value)
         if isinstance(earlier, SharedConstant) and earlier.holds(pickled, buffers):
             return earlier
-        constant = SharedConstant(next(self._constant_numbers), pickled, buffers)
+        constant = SharedConstant(next(self._constant_numbers), pickled, buffers, self._owner)
         with self._turn:
             self._constants[constant.number] = constant
             for handle in self._workers.values():
@@ -285,7 +307,8 @@ class ProcessCrew(Crew):
     def submit(self, work: Work) -> Lease:
         self.check_usable()
         lease = Lease(work)
-        lease.request = work.encode()
+        with sending_for(self._owner):
+            lease.request = work.encode()
         with self._turn:
             self._sweep()
             while len(self._workers) < self.workers:  # after false starts

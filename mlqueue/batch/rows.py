@@ -284,7 +284,8 @@ def _array_reader(array: np.ndarray) -> Reader:
 
 def rows_into(x: Any, read: Reader, index: np.ndarray, empty: Callable[[Any, Any], np.ndarray]) -> Any:
     """The rows of x at a 1-D int array, in an array that ``empty(shape, dtype)`` makes where x allows it."""
-    if not (isinstance(x, np.ndarray) and x.ndim and not x.dtype.hasobject):
+    # Subclasses (masked arrays, recarrays) have more to them than their numbers.
+    if not (type(x) in (np.ndarray, np.memmap) and x.ndim and not x.dtype.hasobject):
         return read(index)
     if index.size and (index.min() < 0 or index.max() >= len(x)):
         return read(index)

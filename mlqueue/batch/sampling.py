@@ -317,7 +317,7 @@ class EpochStream(IndexIterator):
         self._length = shard.length(self._n)
         self._batch_size = check_batch_size(batch_size)
         check_agreement(shuffle, shard)
-        self._repeats, self._shuffle, self._first_epoch, self._shard = repeats, shuffle, operator.index(epoch), shard
+        self._repeats, self._shuffle, self._first_epoch, self._shard = repeats, shuffle, check_epoch(epoch), shard
         self._epoch = self._first_epoch - 1  # the epoch that is under way
         self._order: Indexable | None = None  # of that epoch; None while its places are its indices
         self._begins_with: list[int] | None = None  # its first indices, which tell an order that is drawn differently
@@ -473,7 +473,7 @@ class WeightedStream(IndexIterator):
         self._cumulative, self._indices, self._shard = cumulative, indices, shard
         self._batch_size = check_batch_size(batch_size)
         check_agreement(shuffle, shard)
-        self._shuffle, self._epoch = shuffle, operator.index(epoch)
+        self._shuffle, self._epoch = shuffle, check_epoch(epoch)
         self._draws = shuffle.draws(self._epoch)
 
     def next_span(self) -> np.ndarray:
@@ -500,6 +500,15 @@ class WeightedStream(IndexIterator):
         self._epoch = state["epoch"]
         self._draws = self._shuffle.draws(self._epoch)
         self._draws.set_state(state["draws"])
+
+
+def check_epoch(epoch: Any) -> int:
+    """The number of an epoch, as an int."""
+    if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer):
+        raise TypeError(f"epoch must be an int, got {epoch!r}.")
+    if epoch < 0:
+        raise ValueError(f"epoch must not be negative, got {epoch}: the first one is 0.")
+    return int(epoch)
 
 
 def as_indices(span: Span) -> np.ndarray:

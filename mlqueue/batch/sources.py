@@ -10,7 +10,7 @@ import io
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import numpy as np
 
 from mlqueue.batch import skips
 from mlqueue.batch.collate import collate as stack_samples
-from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource
+from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource, as_positions, own_indices
 from mlqueue.batch.errors import SampleError, TooManySkips
+from mlqueue.batch.order import check_batch_size
 from mlqueue.batch.rows import HDF5Rows, as_rows
 from mlqueue.errors import MissingDependency
 
@@ -81,6 +82,14 @@ class SampleDataSource(RandomAccessDataSource):
     ) -> None:
         if errors not in ("raise", "skip", "retry"):
             raise ValueError(f"errors must be 'raise', 'skip' or 'retry', got {errors!r}.")
+        for name, number in (("retries", retries), ("max_skips", max_skips)):
+            if number is not None and number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}.")
+        if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+            raise TypeError(
+                f"samples need a length and [], which a {type(samples).__name__} has not; what can only be iterated "
+                "over is read by iterable_source()."
+            )
         super().__init__(len(samples), **kwargs)
         self.samples, self.collate, self.errors, self.max_skips = samples, collate, errors, max_skips
         self.retries = retries if retries is not None else 2 if errors == "retry" else 0
@@ -98,7 +107,7 @@ class SampleDataSource(RandomAccessDataSource):
         self._lock = threading.Lock()
 
     def samples_by_indices_nomapping(self, indices: Any) -> Any:
-        wanted = [int(index) for index in np.atleast_1d(indices)]
+        wanted = [int(index) for index in np.atleast_1d(as_positions(indices, self.length))]
         if self.errors == "raise" and not self.retries and hasattr(self.samples, "__getitems__"):
             return self._batch(self.samples.__getitems__(wanted), wanted)
         read = [(index, sample) for index in wanted for sample in self._read(index)]
@@ -165,6 +174,8 @@ class ImageFolder:
         read: Callable[[Path], Any] | None = None,
         suffixes: Sequence[str] = IMAGE_SUFFIXES,
     ) -> None:
+        if size is not None and (np.shape(size) != (2,) or min(size) < 1):
+            raise ValueError(f"size must be (height, width), both at least 1, got {size!r}.")
         self.root, self.size, self._reader = Path(root), size, read
         self.class_names = sorted(folder.name for folder in self.root.iterdir() if folder.is_dir())
         endings = tuple(suffix.lower() for suffix in suffixes)
@@ -252,9 +263,10 @@ class TableDataSource(RandomAccessDataSource):
             raise ValueError(f"the table has no column {unknown[:1] or ''}; it has {names}.")
 
     def samples_by_indices_nomapping(self, indices: Any) -> Any:
+        indices = as_positions(indices, self.length)
         rows = self.rows[np.asarray(indices, np.intp)]
         batch = {name: np.ascontiguousarray(rows[name]) for name in self.columns}
-        return {"indices": indices, **batch} if self.include_indices else batch
+        return {"indices": own_indices(indices, self.length), **batch} if self.include_indices else batch
 
 
 def table_source(path: str | Path, table: str, columns: Sequence[str] | None = None, **kwargs: Any) -> TableDataSource:
@@ -278,6 +290,12 @@ class ParquetRows:
     def __init__(self, path: str | Path, columns: Sequence[str] | None = None) -> None:
         self.path, self.columns = Path(path), None if columns is None else list(columns)
         metadata = need_pyarrow("pyarrow.parquet").read_metadata(self.path)
+        names = metadata.schema.to_arrow_schema().names
+        unknown = [name for name in self.columns or () if name.split(".")[0] not in names]
+        if unknown:
+            raise ValueError(f"{self.path} has no column {unknown[0]!r}; it has {', '.join(map(repr, names))}.")
+        #: The names of the columns in which the file says that values are missing.
+        self.with_missing = columns_with_missing(metadata)
         groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
         self._kept: tuple[int, Any] | None = None
@@ -294,6 +312,11 @@ class ParquetRows:
 
     def __getitem__(self, indices: Any) -> Any:
         indices = np.asarray(indices, np.intp)
+        indices = np.where(indices < 0, indices + len(self), indices)
+        if not indices.size:
+            return self._group(0).slice(0, 0)
+        if indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"indices go from {indices.min()} to {indices.max()}, but there are {len(self)} rows.")
         group_of = np.searchsorted(self._starts, indices, side="right") - 1
         groups = np.unique(group_of)
         parts = [self._group(int(g)).take(indices[group_of == g] - self._starts[g]) for g in groups]
@@ -318,9 +341,11 @@ class _ParquetDataSource(RandomAccessDataSource):
         self.rows = rows
 
     def samples_by_indices_nomapping(self, indices: Any) -> Any:
-        table = self.rows[indices]
-        batch = {name: column_array(table.column(name)) for name in table.column_names}
-        return {"indices": indices, **batch} if self.include_indices else batch
+        indices = as_positions(indices, self.length)
+        table = self.rows[np.atleast_1d(indices)]
+        names = table.column_names
+        batch = {name: column_array(table.column(name), name in self.rows.with_missing) for name in names}
+        return {"indices": own_indices(indices, self.length), **batch} if self.include_indices else batch
 
 
 def parquet_source(path: str | Path, columns: Sequence[str] | None = None, **kwargs: Any) -> RandomAccessDataSource:
@@ -332,15 +357,30 @@ def parquet_source(path: str | Path, columns: Sequence[str] | None = None, **kwa
     return _ParquetDataSource(ParquetRows(path, columns), **kwargs)
 
 
-def column_array(column: Any) -> np.ndarray:
+def columns_with_missing(metadata: Any) -> set[str]:
+    """The columns of a file of which some row group counts missing values."""
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    return {chunk.path_in_schema for chunk in chunks if chunk.statistics is not None and chunk.statistics.null_count}
+
+
+def column_array(column: Any, with_missing: bool = False) -> np.ndarray:
+    """A column as an array. `with_missing`: numbers are float64 and bools objects, as they are where one is missing,
+    so that all batches are of the same dtype."""
     pa = need_pyarrow()
+    if with_missing and pa.types.is_integer(column.type):
+        column = column.cast(pa.float64(), safe=False)
     column = column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if pa.types.is_fixed_size_list(column.type):
         flat = column.flatten().to_numpy(zero_copy_only=False)
         return np.array(flat).reshape(len(column), column.type.list_size)
-    return np.array(column.to_numpy(zero_copy_only=False))
+    array = np.array(column.to_numpy(zero_copy_only=False))
+    return array.astype(object) if with_missing and array.dtype == np.bool_ else array
 
 
 def need_pyarrow(module: str = "pyarrow") -> Any:
@@ -357,7 +397,8 @@ def iterable_source(
     Hugging Face, a list, an object with ``__iter__``.
 
     Where it has ``set_epoch`` that is called with the ``epoch`` of the iteration; ``shuffle`` is refused, as an
-    iterable has an order of its own. Resumed, what was seen is read again and skipped, unless it has ``state_dict``.
+    iterable has an order of its own. Resumed, what was seen is read again and skipped. A generator can be gone through
+    once.
     """
     return CallableDataSource(_Batched(samples, collate), num_samples)
 
@@ -365,10 +406,19 @@ def iterable_source(
 class _Batched:
     def __init__(self, samples: Any, collate: Callable[[list[Any]], Any]) -> None:
         self.samples, self.collate = samples, collate
+        self._begun = False
 
     def __call__(self, batch_size: int, shuffle: Any = None, epoch: int = 0, drop_last: bool = False) -> Iterator[Any]:
         if shuffle is not None and shuffle is not False:
             raise ValueError("this source has an order of its own and cannot be shuffled; shuffle what it is made of.")
+        check_batch_size(batch_size)
+        if isinstance(self.samples, Generator):
+            if self._begun:
+                raise ValueError(
+                    "a generator can be gone through once; give an object with __iter__ (or a list) instead, which "
+                    "each iteration goes through anew."
+                )
+            self._begun = True
         set_epoch = getattr(self.samples, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)

@@ -166,7 +166,7 @@ class RebatchIterator(Stage):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(state, "rebatch", batch_size=self._batch_size)
         self._batches.load_state_dict(state["source"])
-        self._rest = None
+        self._rest, self._used = None, 0
         if state["used"]:
             # The batch that was cut is read again.
             if not self._read():

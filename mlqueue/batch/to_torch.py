@@ -62,15 +62,23 @@ class TorchBatches(torch_data.IterableDataset):  # type: ignore[misc]
         return int(count)
 
     def __iter__(self) -> Iterator[Any]:
-        kwargs = dict(self.kwargs)
-        if isinstance(kwargs.get("shuffle"), int) and not isinstance(kwargs["shuffle"], bool):
-            kwargs["epoch"] = self.epoch
+        kwargs = self._arguments()
         self.epoch += 1
         worker = torch_data.get_worker_info()
         if worker is not None and worker.num_workers > 1:
             return self._share(worker.id, worker.num_workers, kwargs)
-        pin = self.pin_memory if self.pin_memory is not None else worker is None and torch.cuda.is_available()
         self._batches = self.source.batch_iterator(self.batch_size, **kwargs)
+        return self._tensors(worker is None)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the source's iterator of the next epoch is asked for with."""
+        kwargs = dict(self.kwargs)
+        if isinstance(kwargs.get("shuffle"), int) and not isinstance(kwargs["shuffle"], bool):
+            kwargs["epoch"] = self.epoch
+        return kwargs
+
+    def _tensors(self, may_pin: bool = True) -> Iterator[Any]:
+        pin = self.pin_memory if self.pin_memory is not None else may_pin and torch.cuda.is_available()
         return (as_tensors(batch, pin) for batch in self._batches)
 
     def _share(self, worker: int, workers: int, kwargs: dict[str, Any]) -> Iterator[Any]:
@@ -90,13 +98,14 @@ class TorchBatches(torch_data.IterableDataset):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """The place of the newest iterator (without DataLoader workers); see ``BatchIterator.state_dict``."""
-        if self._batches is None:
-            self._batches = self.source.batch_iterator(self.batch_size, **self.kwargs)
-        return {"kind": "torch", "epoch": self.epoch, "source": self._batches.state_dict()}
+        batches, following = self._batches, self.epoch
+        if batches is None:  # it is that of the one that ``iter()`` would give
+            batches, following = self.source.batch_iterator(self.batch_size, **self._arguments()), self.epoch + 1
+        return {"kind": "torch", "epoch": following, "source": batches.state_dict()}
 
     def resume(self, state: dict[str, Any]) -> Iterator[Any]:
         """An iterator over the batches that were left when the state was saved; the next ``iter()`` is a new epoch."""
         self.epoch = state["epoch"]
         self._batches = self.source.batch_iterator(self.batch_size, **self.kwargs)
         self._batches.load_state_dict(state["source"])
-        return (as_tensors(batch, bool(self.pin_memory)) for batch in self._batches)
+        return self._tensors()

@@ -22,6 +22,7 @@ from mlqueue.batch.data_source import (
     CallableDataSource,
     ChoiceDataSource,
     CompositeDataSource,
+    FunctionDataSource,
     IteratorDataSource,
 )
 from mlqueue.batch.errors import BatchError, SampleError, StateError, TooManySkips
@@ -101,7 +102,11 @@ def test_stages_resume_to_what_was_left(n, read, batch_size, seen, taken, shuffl
         everything = labels(whole)
         for _ in itertools.islice(started, seen):
             pass
+        next(resumed, None)
         resumed.load_state_dict(json.loads(json.dumps(started.state_dict())))
+        again = json.loads(json.dumps(resumed.state_dict()))
+        assert labels(resumed) == everything[seen:]
+        resumed.load_state_dict(again)
         assert labels(resumed) == everything[seen:]
         assert labels(started) == everything[seen:]
     flat = [y for batch in everything for y in batch]
@@ -184,6 +189,32 @@ def test_what_cannot_be_saved_says_so():
 # -- caches ---------------------------------------------------------------------------------------------------------
 
 
+def test_prefetching_changes_no_number_of_batches():
+    choice = ChoiceDataSource([source(11), source(11)], stratified=True).prefetch()
+    assert choice.num_batches(10) == len(list(choice.batch_iterator(10))) == 4
+    assert choice.shard(0, 2).num_batches(10) == 2
+
+
+def test_a_mask_marks_samples_whatever_the_source(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"y": np.arange(6)}), tmp_path / "p.parquet")
+    mask = np.array([False, True, False, True, True, False])
+    for ds in (
+        source(6),
+        source(6).cache(),
+        SampleDataSource([(0, y) for y in range(6)]),
+        FunctionDataSource(lambda indices: (indices, indices), 6),
+    ):
+        assert ds.samples_by_indices(mask)[1].tolist() == [1, 3, 4]
+        assert ds.samples_by_indices(slice(1, 5, 2))[1].tolist() == [1, 3]
+    rows = parquet_source(tmp_path / "p.parquet")
+    assert rows.samples_by_indices(mask)["y"].tolist() == [1, 3, 4]
+    assert rows.samples_by_indices([])["y"].tolist() == []
+    assert rows.samples_by_indices(-1)["y"].tolist() == [5]
+    with pytest.raises(IndexError, match="6 rows"):
+        rows.samples_by_indices([6])
+
+
 def test_a_memory_cache_reads_every_sample_once():
     reads = []
 
@@ -219,6 +250,10 @@ def test_a_cache_refuses_what_it_cannot_keep():
     next(iterator)
     with pytest.raises(BatchError, match="one shape and dtype"):
         next(iterator)
+    # One sample of three, which numpy would put in the place of all.
+    skipping = SampleDataSource(Flaky([0, 2]), errors="skip").cache()
+    with pytest.raises(BatchError, match=r"was given 1 samples for 3 indices.*in a file"):
+        next(skipping.batch_iterator(3))
 
 
 def test_a_file_cache_is_written_once_and_read_again(tmp_path):
@@ -500,6 +535,12 @@ def test_a_parquet_file(tmp_path):
         batch["y"][:] = 0
         seen += batch["indices"].tolist()
     assert sorted(seen) == list(range(100))
+    with pytest.raises(ValueError, match="no column 'texts'; it has 'y', 'x', 'text'"):
+        parquet_source(tmp_path / "p.parquet", ["y", "texts"])
+    missing = pa.table({"n": [None, 1, 2, 3], "b": [True, False, True, None], "whole": [1, 2, 3, 4]})
+    parquet.write_table(missing, tmp_path / "m.parquet", row_group_size=2)
+    for batch in parquet_source(tmp_path / "m.parquet").batch_iterator(2):
+        assert [part.dtype for part in batch.values()] == [np.float64, object, np.int64]
     columns = parquet_source(tmp_path / "p.parquet", ["text"])
     assert list(next(columns.batch_iterator(4))) == ["text"]
 
@@ -530,6 +571,44 @@ def test_webdataset_shards(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:1500])
     with pytest.raises(tarfile.ReadError):
         list(webdataset_source(tmp_path / "cut.tar", decode).batch_iterator(4))
+
+
+def test_what_is_wrong_is_said_where_it_is_given(tmp_path):
+    with pytest.raises(ValueError, match="epoch must not be negative, got -1"):
+        source(4).batch_iterator(2, shuffle=1, epoch=-1)
+    with pytest.raises(TypeError, match=r"got a ndarray: put it into a list, \[x\]"):
+        ArrayDataSource(np.zeros(3))
+    for make in (source(4).map, source(4).filter, lambda fn: FunctionDataSource(fn, 3)):
+        with pytest.raises(TypeError, match="needs a function of a batch, got 3"):
+            make(3)
+    with pytest.raises(ValueError, match="retries must not be negative"):  # which once left all samples out
+        SampleDataSource([1], errors="retry", retries=-1)
+    with pytest.raises(TypeError, match=r"iterable_source\(\)"):
+        SampleDataSource(iter([1]))
+    with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+        image_folder(tmp_path, 3)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        next(iterable_source([1]).batch_iterator(0))
+    once = iterable_source(i for i in range(5))
+    assert len(list(once.batch_iterator(2))) == 3
+    with pytest.raises(ValueError, match="can be gone through once"):
+        next(once.batch_iterator(2))
+    with pytest.raises(ValueError, match="one has 1, another 2"):
+        collate([(1,), (1, 2)])
+    with pytest.raises(ValueError, match="max_length must not be negative"):
+        pad([np.arange(3)], max_length=-1)
+    with pytest.raises(ValueError, match="which the samples have already"):
+        pad_collate()([{"x": np.arange(2), "x_length": 7}])
+
+
+def test_another_file_is_no_cache(tmp_path):
+    tables = pytest.importorskip("tables")
+    (tmp_path / "text").write_text("text")
+    with tables.open_file(str(tmp_path / "x.h5"), "w") as file:
+        file.create_array("/", "samples", np.arange(3))
+    for name in ("text", "x.h5", "."):
+        with pytest.raises(BatchError, match="is no cache file"):
+            source(4).cache(tmp_path / name)
 
 
 def test_any_iterable_of_samples_is_a_source():

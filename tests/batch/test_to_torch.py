@@ -67,6 +67,11 @@ def test_each_iteration_is_an_epoch_and_can_be_resumed():
     resumed = source(10).as_torch(4, shuffle=3)
     assert labels(resumed.resume(state)) == labels(epoch) == second[1:]
     assert labels(resumed) == labels(source(10).batch_iterator(4, shuffle=3, epoch=2))
+    unbegun = source(10).as_torch(4, shuffle=3, epoch=1)
+    state = json.loads(json.dumps(unbegun.state_dict()))
+    assert labels(resumed.resume(state)) == second
+    assert labels(resumed) == labels(source(10).batch_iterator(4, shuffle=3, epoch=2))
+    assert labels(unbegun) == second
     endless = ArrayDataSource([np.zeros(3)], repeats=-1).as_torch(2)
     with pytest.raises(TypeError, match="never ends"):
         len(endless)

@@ -494,6 +494,31 @@ class Interrupted:
         return np.asarray(index)
 
 
+def test_a_shared_constant_of_another_pool_is_refused(processes):
+    # Its number is another constant's there, or nobody's, which workers would wait for.
+    with WorkerProcessPool(1) as other:
+        constant = other.shared_constant([1, 2])
+        assert list(other.work_stream([(len, (constant,))])) == [2]
+        with pytest.raises(RuntimeError, match="of its own pool only"):
+            next(processes.work_stream([(len, (constant,))]))
+        ds = ArrayDataSource([X]).map(partial(shared_rows, constant))
+        with pytest.raises(RuntimeError, match="of its own pool only"):
+            processes.parallel_data_source(ds).batch_iterator(10)
+    assert list(processes.work_stream([(len, ("abc",))])) == [3]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_arrays_of_a_class_of_their_own_stay_what_they_are(pool, mapped):
+    hidden = np.ma.masked_array(Y, Y % 3 == 0)
+    records = np.rec.fromarrays([Y, X[:, 0]], names="y,x")
+    ds = ArrayDataSource([hidden, records])
+    if mapped:
+        ds = ds.map(as_it_is)
+    for y, record in pool.parallel_data_source(ds, 3).batch_iterator(20, shuffle=2):
+        assert (np.ma.getmaskarray(y) == (y.data % 3 == 0)).all()
+        assert (record.y == y.data).all()
+
+
 class TestHelpWhileStarting:
     """Whoever asks for batches prepares them, until a process has begun."""
 
@@ -555,6 +580,24 @@ class TestHelpWhileStarting:
         np.random.seed(1)
         random.seed(1)
         assert drawn == (np.random.random(), random.random())
+
+    def test_several_threads_that_ask_help_one_after_the_other(self):
+        # The global generators of numpy and Python are seeded for a batch, and there is one of each.
+        inside = threading.Event()
+
+        def ask():
+            with process_crew.worker.in_place_of_a_worker(lambda number: number):
+                inside.set()
+
+        asking = threading.Thread(target=ask)
+        with process_crew.worker.in_place_of_a_worker(lambda number: -number):
+            asking.start()
+            with process_crew.worker.in_place_of_a_worker(lambda number: 2 * number):  # as a pool within a pool does
+                assert process_crew.worker.constant(4) == 8
+            assert process_crew.worker.constant(4) == -4
+            assert not inside.wait(0.1)
+        assert inside.wait(DEADLINE)
+        asking.join()
 
     def test_the_source_is_as_it_was_when_the_iterator_was_made(self, helped):
         data = np.zeros((20, 2))

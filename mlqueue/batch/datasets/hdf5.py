@@ -110,7 +110,11 @@ class HDF5File:
             try:
                 handle = tables.open_file(self.path, mode="r")
             except (tables.HDF5ExtError, OSError) as error:
-                raise DatasetFileError(f"{self.path} cannot be opened as HDF5: {error}") from error
+                reason = str(error).strip().rpartition("\n")[2]  # before it there may be a trace of the library's calls
+                raise DatasetFileError(
+                    f"{self.path} cannot be opened as HDF5: {reason}. Where it is damaged, delete it (of a data set "
+                    "`mlqueue datasets rm` does): it is made anew when it is used."
+                ) from error
             self._handles[os.getpid()] = handle
             _opened.add(self)
             _close_at_exit()

@@ -112,3 +112,9 @@ def test_a_home_that_is_a_file_is_told_without_a_traceback(tmp_path: Path, monke
     result = run("list")
     assert result.exit_code == 1
     assert "from MLQUEUE_DATA_HOME" in result.stderr
+
+
+def test_without_a_command_it_says_which_there_are() -> None:
+    told = run()
+    assert (told.exit_code, told.stdout) == (2, "")
+    assert [line.split()[0] for line in told.stderr.splitlines()[-4:]] == ["fetch", "list", "path", "rm"]

@@ -236,8 +236,9 @@ def test_a_file_still_open_when_the_program_ends_is_closed_without_a_word(path: 
 def test_a_file_that_is_no_hdf5_or_lacks_the_array_is_an_error(path: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.h5"
     damaged.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DatasetFileError, match=r"damaged.h5 cannot be opened"):
+    with pytest.raises(DatasetFileError, match=r"damaged.h5 cannot be opened as HDF5: .*datasets rm") as told:
         StoredRows(damaged, "/set/plain")
+    assert "\n" not in str(told.value)  # no trace of the calls within HDF5
     with pytest.raises(DatasetFileError, match="cannot be opened"):
         StoredRows(tmp_path / "missing.h5", "/set/plain")
     with pytest.raises(DatasetFileError, match="has no /set/other"):
