@@ -16,7 +16,6 @@ import heapq
 import itertools
 import logging
 import os
-import random
 import select
 import statistics
 import threading
@@ -954,14 +953,11 @@ class ActorCrew(Crew):
             kwargs = {name: value.value if isinstance(value, Source) else value for name, value in work.kwargs.items()}
             return work.function(*args, **kwargs)
         source = work.source.value
-        state = np.random.get_state(), random.getstate()
-        try:
-            if not worker.is_pure(source):
-                worker.seed_global(worker.seeded_key(work.index_batch) or work.key)
+        if worker.is_pure(source):
             return worker.gather(source, work.index_batch, np.empty)
-        finally:
-            np.random.set_state(state[0])
-            random.setstate(state[1])
+        with worker.own_generators():
+            worker.seed_global(worker.seeded_key(work.index_batch) or work.key)
+            return worker.gather(source, work.index_batch, np.empty)
 
     def release(self, lease: Lease) -> None:
         desk = self._desk

@@ -180,7 +180,7 @@ class ThreadCrew(Crew):
         ]
         for thread in self._threads:
             thread.start()
-        self._closed, self._pid = False, os.getpid()
+        self._closed, self._pid = threading.Event(), os.getpid()
         self._stop = weakref.finalize(self, _stop_threads, self._inbox, threads)
 
     @property
@@ -191,11 +191,13 @@ class ThreadCrew(Crew):
         return value
 
     def submit(self, work: Work) -> ThreadLease:
-        if self._closed:
+        if self._closed.is_set():
             raise closed_error()
         check_owner(self._pid, "threads")
         lease = ThreadLease(work)
         self._inbox.put(lease)
+        if self._closed.is_set():  # meanwhile, by another thread
+            self._call_off()
         return lease
 
     def result(self, lease: ThreadLease, how: How = "lend") -> Any:
@@ -213,16 +215,24 @@ class ThreadCrew(Crew):
         for lease in leases:
             lease.cancelled = True
 
-    def close(self) -> None:
-        self._closed = True
-        while not self._inbox.empty():
+    def _call_off(self) -> None:
+        """Answer what has not begun."""
+        ends = 0
+        while True:
             try:
                 lease = self._inbox.get_nowait()
             except queue.Empty:
                 break
-            if lease is not None:
+            if lease is None:
+                ends += 1
+            else:
                 lease.error = closed_error()
                 lease.ready.release()
+        _stop_threads(self._inbox, ends)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._call_off()
         self._stop()
         for thread in self._threads:
             if thread is not threading.current_thread():

@@ -186,20 +186,29 @@ def fill_error(writer: SlotWriter, length: int, error: BaseException) -> tuple[i
 
 
 @contextlib.contextmanager
-def in_place_of_a_worker(lookup: Lookup) -> Iterator[None]:
-    """Meanwhile this thread does work of worker processes, and no other does. The global random generators, which are
-    seeded for each batch, are put back after it."""
+def own_generators() -> Iterator[None]:
+    """Meanwhile the global random generators are this thread's alone, to be seeded for a batch by :func:`seed_global`.
+    They are put back after it."""
     import random
 
     with _seeding:
         states = np.random.get_state(), random.getstate()
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
+
+
+@contextlib.contextmanager
+def in_place_of_a_worker(lookup: Lookup) -> Iterator[None]:
+    """Meanwhile this thread does work of worker processes, and no other does."""
+    with own_generators():
         before, _own.lookup = getattr(_own, "lookup", None), lookup
         try:
             yield
         finally:
             _own.lookup = before
-            np.random.set_state(states[0])
-            random.setstate(states[1])
 
 
 def _begin_anew() -> None:

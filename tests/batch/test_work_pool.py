@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from mlqueue.batch import process_crew, work_pool
+from mlqueue.batch.crew import ThreadCrew
 from mlqueue.batch.data_source import (
     ArrayDataSource,
     ChoiceDataSource,
@@ -1013,6 +1014,24 @@ class TestEnd:
                 assert gone() is None
         finally:
             gc.enable()
+
+    def test_work_given_out_while_the_pool_is_closed_is_answered(self, monkeypatch):
+        crew = ThreadCrew(2)
+        inbox = crew._inbox
+
+        class Closing:
+            """Another thread closes the crew just before work is put in."""
+
+            def put(self, lease):
+                monkeypatch.setattr(crew, "_inbox", inbox)
+                crew.close()
+                inbox.put(None)  # one that a thread has not seen yet
+                inbox.put(lease)
+
+        monkeypatch.setattr(crew, "_inbox", Closing())
+        with pytest.raises(RuntimeError, match="the pool is closed"):
+            crew.result(crew.submit(work_pool.Call(pow, (2, 2))))
+        assert inbox.get_nowait() is None
 
     def test_a_dropped_pool_leaves_nothing(self):
         pool, thread_pool = WorkerProcessPool(2), WorkerThreadPool(2)
