@@ -12,6 +12,7 @@ import pytest
 import waitress
 from hosting import PREFIX, answers, free_port, gunicorn, mounted
 from support import StartWorker, eventually
+from waitress import wasyncore
 
 from mlqueue import MLQ, current_job
 from mlqueue.embedded import EmbeddedServer
@@ -83,9 +84,11 @@ def test_it_works_under_waitress(mlq: MLQ) -> None:
             assert 413 == big.status_code
         assert 40 == mlq.job_count()
     finally:
-        server.close()
+        # By its own thread: where another one closes the sockets, its select() fails.
+        server.trigger.pull_trigger(lambda: wasyncore.close_all(server._map, ignore_all=True))
         thread.join(10)
         server.task_dispatcher.shutdown()
+        assert not thread.is_alive()
 
 
 def test_those_who_wait_leave_threads_for_others(mlq: MLQ, tmp_path: Path, start_worker: StartWorker) -> None:
