@@ -38,8 +38,9 @@ from mlqueue.batch.actor_crew import ActorCrew, Desk, Policy, PoolStats, Terms
 from mlqueue.batch.data_source import AbstractDataSource
 from mlqueue.batch.gathering import processors
 from mlqueue.batch.inference import Run, batch_function
+from mlqueue.batch.order import at_least_one
 from mlqueue.batch.ways import Doors, open_doors
-from mlqueue.batch.work_pool import AbstractWorkerPool, at_least_one
+from mlqueue.batch.work_pool import AbstractWorkerPool
 from mlqueue.errors import InvalidJob, JobNotFound, StoreError
 from mlqueue.job import seconds
 from mlqueue.named import BATCHES, actor_name_of, serving_actor

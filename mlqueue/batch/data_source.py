@@ -408,7 +408,7 @@ class FunctionDataSource(RandomAccessDataSource):
 
     def samples_by_indices_nomapping(self, indices: Any) -> Batch:
         indices = as_positions(indices, self.length)
-        batch = as_batch(self.fn(indices.copy() if isinstance(indices, np.ndarray) else indices))
+        batch = as_batch(self.fn(own_indices(indices, self.length)))
         if not self.include_indices:
             return batch
         indices = own_indices(indices, self.length)
@@ -952,7 +952,7 @@ def as_positions(indices: Any, length: int) -> Any:
 def own_indices(indices: Any, length: int) -> Any:
     """The indices of a batch's samples as a part of that batch, to be written into like the others."""
     if isinstance(indices, slice):
-        return np.arange(*indices.indices(length))
+        return as_positions(indices, length)
     return indices.copy() if isinstance(indices, np.ndarray) else indices
 
 

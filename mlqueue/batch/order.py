@@ -250,11 +250,22 @@ def member_seed(shuffle: Any, member: int) -> Any:
 
 def check_batch_size(batch_size: Any) -> int:
     """The batch size as an int; it must be at least 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-        raise TypeError(f"batch_size must be an int, got {batch_size!r}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    return int(batch_size)
+    return at_least_one(batch_size, "batch_size")
+
+
+def at_least_one(value: Any, name: str) -> int:
+    """The value, if it is an int of at least 1."""
+    number = check_int(value, name)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return number
+
+
+def check_int(value: Any, name: str) -> int:
+    """The value as an int, if it is one, or one of numpy's."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    return int(value)
 
 
 class KeyedPermutation:

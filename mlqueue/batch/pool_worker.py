@@ -81,7 +81,6 @@ def constant(number: int) -> Any:
 
 _worker: Worker | None = None
 _own = threading.local()
-#: Held while the global random generators are those of a batch.
 _seeding = threading.RLock()
 
 
@@ -185,13 +184,19 @@ def fill_error(writer: SlotWriter, length: int, error: BaseException) -> tuple[i
     return writer.write(describe_error(error))
 
 
+def seeding() -> threading.RLock:
+    """Held while a batch is prepared with code of the user's: it may draw from the global random generators, which are
+    seeded for each batch."""
+    return _seeding
+
+
 @contextlib.contextmanager
 def own_generators() -> Iterator[None]:
     """Meanwhile the global random generators are this thread's alone, to be seeded for a batch by :func:`seed_global`.
     They are put back after it."""
     import random
 
-    with _seeding:
+    with seeding():
         states = np.random.get_state(), random.getstate()
         try:
             yield

@@ -382,12 +382,18 @@ class HDF5Rows:
         if not index.size:
             empty: np.ndarray = node[0:0]
             return empty
-        index = np.where(index < 0, index + len(self), index)
-        if index.min() < 0 or index.max() >= len(self):
-            raise IndexError(f"indices go from {index.min()} to {index.max()}, but there are {len(self)} rows.")
+        index = from_the_front(index, len(self))
         wanted, places = np.unique(index, return_inverse=True)
         rows = read_sorted(node, wanted, self.shape[1:], self.dtype)
         return rows if np.array_equal(wanted, index) else rows.take(places, 0)
+
+
+def from_the_front(index: np.ndarray, length: int) -> np.ndarray:
+    """Indices of so many rows, at least one of them, with those that count from the end told from the beginning."""
+    index = np.where(index < 0, index + length, index)
+    if index.min() < 0 or index.max() >= length:
+        raise IndexError(f"indices go from {index.min()} to {index.max()}, but there are {length} rows.")
+    return index
 
 
 def read_sorted(node: Any, wanted: np.ndarray, row_shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -17,7 +17,15 @@ import numpy as np
 
 from mlqueue.batch.errors import StateError
 from mlqueue.batch.iteration import BatchIterator, check_state
-from mlqueue.batch.order import Indexable, KeyedPermutation, Shuffle, StreamShuffle, as_shuffle, check_batch_size
+from mlqueue.batch.order import (
+    Indexable,
+    KeyedPermutation,
+    Shuffle,
+    StreamShuffle,
+    as_shuffle,
+    check_batch_size,
+    check_int,
+)
 
 __all__ = [
     "AbstractSampler",
@@ -504,11 +512,10 @@ class WeightedStream(IndexIterator):
 
 def check_epoch(epoch: Any) -> int:
     """The number of an epoch, as an int."""
-    if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer):
-        raise TypeError(f"epoch must be an int, got {epoch!r}.")
-    if epoch < 0:
+    number = check_int(epoch, "epoch")
+    if number < 0:
         raise ValueError(f"epoch must not be negative, got {epoch}: the first one is 0.")
-    return int(epoch)
+    return number
 
 
 def as_indices(span: Span) -> np.ndarray:

@@ -115,9 +115,6 @@ class Shelf:
 
 
 shelf = Shelf()
-#: Held while a batch is prepared with code of the user's: it may draw from the global generators, which are seeded for
-#: each batch. Only workers that serve several trainers at once ever wait for it.
-_seeding = threading.Lock()
 _here = threading.local()
 
 
@@ -283,7 +280,7 @@ class Serving:
             return self._write_value(worker.perform(asked, self.constant, writer.empty), writer)
         if worker.is_pure(self.constant(asked[1])):
             return writer.write(worker.perform(asked, self.constant, writer.empty))
-        with _seeding:
+        with worker.seeding():  # for which only workers that serve several trainers at once ever wait
             return writer.write(worker.perform(asked, self.constant, writer.empty))
 
     def _write_value(self, value: Any, writer: SlotWriter) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from mlqueue.batch.collate import collate as stack_samples
 from mlqueue.batch.data_source import CallableDataSource, RandomAccessDataSource, as_positions, own_indices
 from mlqueue.batch.errors import SampleError, TooManySkips
 from mlqueue.batch.order import check_batch_size
-from mlqueue.batch.rows import HDF5Rows, as_rows
+from mlqueue.batch.rows import HDF5Rows, as_rows, from_the_front
 from mlqueue.errors import MissingDependency
 
 __all__ = [
@@ -312,11 +312,9 @@ class ParquetRows:
 
     def __getitem__(self, indices: Any) -> Any:
         indices = np.asarray(indices, np.intp)
-        indices = np.where(indices < 0, indices + len(self), indices)
         if not indices.size:
             return self._group(0).slice(0, 0)
-        if indices.min() < 0 or indices.max() >= len(self):
-            raise IndexError(f"indices go from {indices.min()} to {indices.max()}, but there are {len(self)} rows.")
+        indices = from_the_front(indices, len(self))
         group_of = np.searchsorted(self._starts, indices, side="right") - 1
         groups = np.unique(group_of)
         parts = [self._group(int(g)).take(indices[group_of == g] - self._starts[g]) for g in groups]

@@ -36,7 +36,7 @@ from mlqueue.batch.data_source import (
 from mlqueue.batch.errors import BatchSkipped
 from mlqueue.batch.gathering import processors
 from mlqueue.batch.iteration import BatchIterator
-from mlqueue.batch.order import as_shuffle
+from mlqueue.batch.order import as_shuffle, at_least_one
 from mlqueue.batch.pool_worker import is_pure
 from mlqueue.batch.process_crew import ProcessCrew, SharedConstant, WorkerDied, WorkerError
 from mlqueue.batch.sampling import IndexIterator
@@ -127,19 +127,20 @@ class WorkerProcessPool(AbstractWorkerPool):
     it has processors). That is faster, and the arrays, which the processes would have to share, are there once.
     """
 
+    _crew: ProcessCrew
+
     def __init__(self, processes: int = 1, *, help_while_starting: bool = False) -> None:
-        self._processes = ProcessCrew(at_least_one(processes, "processes"), help_while_starting)
-        super().__init__(self._processes)
+        super().__init__(ProcessCrew(at_least_one(processes, "processes"), help_while_starting))
         self._threads: ThreadCrew | None = None
         self._making = threading.Lock()
 
     def _crew_for(self, ds: AbstractDataSource) -> Crew:
         if not takes_rows(ds):
-            return self._processes
+            return self._crew
         with self._making:
-            self._processes.check_usable()
+            self._crew.check_usable()
             if self._threads is None:
-                self._threads = ThreadCrew(min(self._processes.workers, processors()))
+                self._threads = ThreadCrew(min(self._crew.workers, processors()))
             return self._threads
 
     def close(self) -> None:
@@ -543,12 +544,3 @@ def as_call(task: Any) -> Call:
             f"a task is a tuple (function,), (function, args) or (function, args, kwargs); got {task!r:.200}."
         )
     return Call(*task)
-
-
-def at_least_one(value: Any, name: str) -> int:
-    """The value, if it is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return int(value)

@@ -199,8 +199,7 @@ def list_dead_group(visit: Visit) -> Response:
 def change_dead_letters(visit: Visit) -> Response:
     """Put those back that were selected, or forget them."""
     ids, act = visit.request.form.getlist("id")[:1000], visit.field("act")
-    # Back to the same view: the address of the form has its filters and its place.
-    view: dict[str, Any] = {name: visit.request.args[name] for name in VIEW if visit.request.args.get(name)}
+    view: dict[str, Any] = visit.view(VIEW)
     if not ids:
         return visit.go("list_dead_group", "nothing", **view)
     if act == "purge" and not visit.is_sure():

@@ -160,8 +160,7 @@ def _errors(visit: Visit, records: list[JobRecord]) -> dict[str, str]:
 def change_jobs(visit: Visit) -> Response:
     """Cancel or retry those that were selected."""
     ids, act = visit.request.form.getlist("id")[:1000], visit.field("act")
-    # Back to the same view: the address of the form has its filters and its place.
-    view: dict[str, Any] = {name: visit.request.args.getlist(name) for name in VIEW if name in visit.request.args}
+    view: dict[str, Any] = visit.view(VIEW)
     if not ids:
         return visit.go("list_jobs", "nothing", **view)
     if act == "retry":

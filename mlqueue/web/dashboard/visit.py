@@ -11,7 +11,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, cast
 
 from flask import Request, Response
@@ -131,6 +131,11 @@ class Visit(Call):
     def asked(self, name: str) -> str:
         """A text of the query, without what surrounds it; empty when there is none."""
         return self.request.args.get(name, "")[:MAX_NAME].strip()
+
+    def view(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """What the query has of these, to come back to the same view: filters, and a place in a list."""
+        found = {name: [text for text in self.request.args.getlist(name) if text] for name in names}
+        return {name: texts for name, texts in found.items() if texts}
 
     def number(self, name: str) -> int | None:
         """A number of the query; None when there is none."""
